@@ -1,0 +1,19 @@
+"""minidsv3: DeepSeek-V3 built from scratch, to be read.
+
+The map, mechanism by implementation. Imports point downwards only::
+
+    __main__                 the command line
+    training                 numpy_ref · run_folder
+    generation               numpy_ref
+    model                    numpy_ref
+    primitives               numpy_ref · attention_numpy_ref
+    parameters               names and shapes of every parameter
+    checkpoints              models on disk, in DeepSeek's layout
+    corpus                   text -> bytes -> batches
+    yardsticks               what a model must beat: unigram, bigram, xz
+    config                   one frozen Config in DeepSeek's words
+    config_json              its border to config.json
+
+Multi-token prediction, the mixture of experts and multi-head latent attention get a
+room each; ``parameters`` and ``config`` know their shapes already.
+"""

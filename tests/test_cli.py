@@ -1,0 +1,185 @@
+"""The command line as a user meets it: real processes, real files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minidsv3 import checkpoints
+from minidsv3.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+SIZES = "hidden_size=16 intermediate_size=24 num_hidden_layers=1 qk_rope_head_dim=8"
+SETTINGS = [word for pair in SIZES.split() for word in ("--set", pair)]
+TRAIN = ["train", *SETTINGS, "--batch-size", "2", "--sequence-length", "16",
+         "--warmup-steps", "2"]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i}: naïve café\n" for i in range(400)))
+    return path
+
+
+def minidsv3(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "minidsv3", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options
+    )
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return checkpoints.load(folder)[0]
+
+
+def test_train_evaluate_generate(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    done = minidsv3(*TRAIN, "--text", text, "--out", out, "--steps", "8")
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "8/8" in done.stderr
+    assert len((out / "log.csv").read_text().splitlines()) == 9
+
+    judged = minidsv3("evaluate", "--model", out, "--text", text,
+                      "--sequence-length", "16")  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    said = done.stdout.split("held-out text: ")[1].split()[0]
+    assert judged.stdout.split()[0] == said
+
+    written = [
+        minidsv3("generate", "--model", out, "--prompt", "naï", "--max-new-tokens",
+                 "30", "--seed", "3", encoding="utf-8", errors="replace")
+        for _ in range(2)
+    ]  # fmt: skip
+    assert written[0].returncode == 0, written[0].stderr
+    assert written[0].stdout == written[1].stdout
+    assert written[0].stdout.startswith("naï") and len(written[0].stdout) > 4
+
+
+def test_ctrl_c_saves_and_resume_continues_bit_for_bit(
+    tmp_path: Path, text: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    common = [*TRAIN, "--text", text, "--steps", "400", "--save-every", "1000"]
+    assert minidsv3(*common, "--out", whole).returncode == 0
+
+    command = [sys.executable, "-m", "minidsv3", *map(str, common), "--out", broken]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_log(broken / "log.csv", rows=5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume" in output, output
+
+    refused = minidsv3(*common, "--out", broken)
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    resumed = minidsv3(*common, "--out", broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = weights(whole), weights(broken)
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    logs = [(f / "log.csv").read_text().splitlines() for f in (whole, broken)]
+    losses = [[row.split(",")[:2] for row in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_killed_at_any_moment_it_resumes(tmp_path: Path, text: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    common = [*TRAIN, "--text", text, "--steps", "120", "--save-every", "3"]
+    assert minidsv3(*common, "--out", whole).returncode == 0
+    command = [sys.executable, "-m", "minidsv3", *map(str, common), "--out", killed]
+    for rows in (2, 20, 60):
+        resume = (
+            ["--resume"] if (killed / "training_state.safetensors").exists() else []
+        )
+        process = subprocess.Popen(
+            [*command, *resume],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_log(killed / "log.csv", rows)
+        process.kill()
+        process.wait()
+    resumed = minidsv3(*common, "--out", killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = weights(whole), weights(killed)
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def wait_for_log(log: Path, rows: int) -> None:
+    for _ in range(6000):
+        if log.exists() and len(log.read_text().splitlines()) > rows:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{log} did not reach {rows} rows in a minute")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "hidden_sise=3"], "hidden_sise"),
+        (["--set", "hidden_size"], "write FIELD=VALUE"),
+        (["--set", "num_key_value_heads=3"], "num_key_value_heads"),
+        (["--set", "kv_lora_rank=8"], "kv_lora_rank"),
+        (["--set", "num_nextn_predict_layers=1"], "plain transformer only"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--sequence-length", "999"], "max_position_embeddings 512"),
+        (["--steps", "0"], "steps"),
+        (["--resume"], "no run to resume"),
+    ],
+)
+def test_bad_options_are_explained_without_a_traceback(
+    arguments: list, message: str, tmp_path: Path, text: Path, capsys
+) -> None:
+    given = ["train", "--out", str(tmp_path / "run"), "--text", str(text), *arguments]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_text(tmp_path: Path, capsys) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one\ntwo\nthree\nfour\n")
+    given = ["train", "--out", str(tmp_path / "run"), "--text", str(short)]
+    assert main(given) == 2
+    assert "more text or a smaller --sequence-length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--top-p", "0"], "top_p is 0"),
+        (["--max-new-tokens", "600"], "room for 1 to"),
+        (["--model", "nowhere"], "nowhere holds no model.safetensors"),
+    ],
+)
+def test_bad_requests_for_text(
+    arguments: list, message: str, tmp_path: Path, text: Path, capsys
+) -> None:
+    out = str(tmp_path / "run")
+    assert main([*TRAIN, "--text", str(text), "--out", out, "--steps", "2"]) == 0
+    assert main(["generate", "--model", out, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_prompt_it_begins_a_document(
+    tmp_path: Path, text: Path, capfdbinary
+) -> None:
+    out = str(tmp_path / "run")
+    assert main([*TRAIN, "--text", str(text), "--out", out, "--steps", "2"]) == 0
+    capfdbinary.readouterr()
+    assert main(["generate", "--model", out, "--max-new-tokens", "9"]) == 0
+    assert 0 < len(capfdbinary.readouterr().out.rstrip(b"\n")) <= 9
+
+
+def test_help_lists_the_commands() -> None:
+    said = minidsv3("--help", env=os.environ | {"COLUMNS": "80"}).stdout
+    assert all(command in said for command in ("train", "generate", "evaluate"))

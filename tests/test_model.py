@@ -1,0 +1,403 @@
+"""The assembled model against torch, transformers' Llama, naive facts and files."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minidsv3 import checkpoints, parameters
+from minidsv3.config import MINI, PLAIN, TINY, V3, Config, TrainConfig
+from minidsv3.model import numpy_ref as model
+from tests.oracles import AUTOGRAD, central_differences, relative_error
+
+SMALL = dataclasses.replace(
+    PLAIN,
+    vocab_size=11,
+    hidden_size=6,
+    intermediate_size=7,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    qk_rope_head_dim=4,
+    v_head_dim=3,
+    max_position_embeddings=16,
+)
+RECIPE = TrainConfig()
+
+
+def fresh(config: Config = SMALL, seed: int = 0) -> dict[str, np.ndarray]:
+    """Parameters large enough that every path matters, gains away from 1."""
+    params = parameters.initialise(config, seed, 0.4, np.float64)
+    rng = np.random.default_rng(seed)
+    return {
+        k: p * rng.uniform(0.5, 1.5, p.shape) if k.endswith("norm.weight") else p
+        for k, p in params.items()
+    }
+
+
+def ids(B: int = 2, T: int = 5, seed: int = 0, config: Config = SMALL) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (B, T))
+
+
+# --- forward and backward against torch ---------------------------------------------
+
+
+def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
+    """The plain transformer in torch's own operations; RoPE as a matrix per pair."""
+    B, T = tokens.shape
+    d, eps = config.qk_rope_head_dim, config.rms_norm_eps
+    theta = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * theta
+    turn = torch.stack(
+        [angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1
+    ).unflatten(-1, (2, 2))
+
+    def heads(x: torch.Tensor, n: int) -> torch.Tensor:
+        return x.view(B, T, n, -1).transpose(1, 2)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum(
+            "tjrc,bhtjc->bhtjr", turn, x.unflatten(-1, (-1, 2))
+        ).flatten(-2)
+
+    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    for layer in range(config.num_hidden_layers):
+        w = {k: p[f"model.layers.{layer}.{k}"] for k in LAYER_KEYS}
+        u = F.rms_norm(x, x.shape[-1:], w["input_layernorm.weight"], eps)
+        q = rotate(
+            heads(u @ w["self_attn.q_proj.weight"].T, config.num_attention_heads)
+        )
+        n_kv = config.num_key_value_heads
+        k = rotate(heads(u @ w["self_attn.k_proj.weight"].T, n_kv))
+        v = heads(u @ w["self_attn.v_proj.weight"].T, n_kv)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + o.transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
+        u = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], eps)
+        gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
+        x = x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+    x = F.rms_norm(x, x.shape[-1:], p["model.norm.weight"], eps)
+    return x @ p["lm_head.weight"].T
+
+
+LAYER_KEYS = [
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+]
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 6), (3, 4)])
+def test_loss_and_every_gradient_agree_with_autograd(B: int, T: int) -> None:
+    params, tokens = fresh(), ids(B, T + 1)
+    losses, grads, _ = model.loss_and_grads(params, SMALL, tokens, RECIPE)
+    p = {k: torch.tensor(a, requires_grad=True) for k, a in params.items()}
+    t = torch.tensor(tokens)
+    logits = torch_model(p, SMALL, t[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), t[:, 1:].flatten())
+    loss.backward()
+    assert losses["main"] == pytest.approx(loss.item(), rel=1e-13)
+    assert losses["total"] == losses["main"]
+    assert sorted(grads) == sorted(params)
+    for name, g in grads.items():
+        assert relative_error(g, p[name].grad.numpy()) <= AUTOGRAD, name
+
+
+def test_every_gradient_agrees_with_differences() -> None:
+    params, tokens = fresh(), ids(2, 4)
+    _, grads, _ = model.loss_and_grads(params, SMALL, tokens, RECIPE)
+    logits_of = model.forward
+
+    def loss() -> float:
+        z, _ = logits_of(params, SMALL, tokens[:, :-1])
+        z = z - z.max(-1, keepdims=True)
+        log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        return -float(np.take_along_axis(log_p, tokens[:, 1:, None], -1).mean())
+
+    for name, array in params.items():
+        numeric = central_differences(loss, array, 1e-6)
+        error = np.linalg.norm(grads[name] - numeric)
+        # the quotient's own rounding: 1e-16 / 1e-6 an entry
+        assert error <= 1e-6 * np.linalg.norm(numeric) + 1e-9 * array.size**0.5, name
+
+
+def interleaved_to_half_split(W: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (2j, 2j+1) of each head to (j, j + d/2), the order Llama in HF expects."""
+    d = W.shape[0] // heads
+    order = np.concatenate([np.arange(0, d, 2), np.arange(1, d, 2)])
+    return W.reshape(heads, d, -1)[:, order].reshape(W.shape)
+
+
+def test_logits_agree_with_transformers_llama() -> None:
+    """A plain transformer is a Llama, but for the order of the rotated pairs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = dataclasses.replace(SMALL, hidden_size=8, v_head_dim=4)
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.qk_rope_head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    params = {k: p.astype(np.float32) for k, p in fresh(config).items()}
+    theirs = dict(params)
+    for name in params:
+        for kind, heads in (("q_proj", 4), ("k_proj", 2)):
+            if kind in name:
+                theirs[name] = interleaved_to_half_split(params[name], heads)
+    state = {k: torch.tensor(a) for k, a in theirs.items()}
+    peer.load_state_dict(state, strict=True)
+    tokens = ids(2, 9, config=config)
+    with torch.no_grad():
+        expected = peer(torch.tensor(tokens)).logits.numpy()
+    ours, _ = model.forward(params, config, tokens)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_no_position_sees_the_future() -> None:
+    params, tokens = fresh(), ids(1, 8)
+    before, _ = model.forward(params, SMALL, tokens)
+    for j in range(8):
+        changed = tokens.copy()
+        changed[0, j] = (changed[0, j] + 1) % SMALL.vocab_size
+        after, _ = model.forward(params, SMALL, changed)
+        np.testing.assert_allclose(after[:, :j], before[:, :j], rtol=0, atol=1e-12)
+        assert (np.abs(after - before)[:, j:].max(axis=-1) > 1e-9).all()
+
+
+def test_sequences_of_a_batch_do_not_mix() -> None:
+    params, tokens = fresh(), ids(3, 6)
+    together, _ = model.forward(params, SMALL, tokens)
+    alone = [model.forward(params, SMALL, row[None])[0] for row in tokens]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 8, [3, 5], [5, 1, 2], [8]])
+def test_cached_logits_are_uncached_logits(chunks: list) -> None:
+    params, tokens = fresh(), ids(2, 8)
+    full, _ = model.forward(params, SMALL, tokens)
+    caches, parts, start = model.new_caches(SMALL, 8), [], 0
+    for n in chunks:
+        logits, _ = model.forward(params, SMALL, tokens[:, start : start + n], caches)
+        parts.append(logits)
+        start += n
+    np.testing.assert_allclose(np.concatenate(parts, 1), full, rtol=0, atol=1e-12)
+
+
+def test_float32_stays_float32() -> None:
+    params = {k: p.astype(np.float32) for k, p in fresh().items()}
+    logits, _ = model.forward(params, SMALL, ids())
+    _, grads, _ = model.loss_and_grads(params, SMALL, ids(), RECIPE)
+    assert logits.dtype == np.float32
+    assert {g.dtype for g in grads.values()} == {np.dtype(np.float32)}
+
+
+def test_an_untrained_model_knows_nothing() -> None:
+    params = parameters.initialise(PLAIN, 0, 0.02)
+    tokens = ids(4, 65, config=PLAIN)
+    losses, _, _ = model.loss_and_grads(params, PLAIN, tokens, RECIPE)
+    assert losses["main"] == pytest.approx(math.log(257), abs=0.05)
+
+
+# --- the border ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[0, 11]], "token id 11 is outside the vocabulary 0…10"),
+        ([[-1, 0]], "token id -1 is outside"),
+        ([0, 1], r"shape \(batch, time\).*\(2,\)"),
+        ([[]], "none of them 0"),
+        ([[0.5]], "must be integers.*float64"),
+        ([[0] * 17], "17 positions asked for, but max_position_embeddings is 16"),
+    ],
+)
+def test_bad_ids_are_refused(tokens: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.forward(fresh(), SMALL, np.array(tokens))
+
+
+def test_one_token_is_no_training_sequence() -> None:
+    with pytest.raises(ValueError, match="two columns"):
+        model.loss_and_grads(fresh(), SMALL, ids(2, 1), RECIPE)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_parameter_that_is_not_finite_is_named(bad: float) -> None:
+    params = fresh()
+    params["model.layers.1.mlp.up_proj.weight"][0, 0] = bad
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(FloatingPointError, match="layers.1.mlp.up_proj"),
+    ):
+        model.forward(params, SMALL, ids())
+
+
+def test_overflow_with_finite_parameters_is_told_apart() -> None:
+    params = {k: p.astype(np.float32) for k, p in fresh().items()}
+    params["lm_head.weight"][:] = 3e38
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(FloatingPointError, match="activations overflowed"),
+    ):
+        model.forward(params, SMALL, ids())
+
+
+def test_parameters_of_another_model_are_refused() -> None:
+    params = fresh()
+    del params["model.norm.weight"]
+    params["model.Norm.weight"] = np.ones(6)
+    with pytest.raises(
+        parameters.ParameterError, match="missing model.norm.weight, not"
+    ):
+        model.forward(params, SMALL, ids())
+    params = fresh()
+    params["lm_head.weight"] = params["lm_head.weight"].T
+    with pytest.raises(
+        parameters.ParameterError, match=r"\(6, 11\).*asks for \(11, 6\)"
+    ):
+        model.forward(params, SMALL, ids())
+
+
+@pytest.mark.parametrize("field", ["kv_lora_rank", "n_routed_experts"])
+def test_mechanisms_that_are_not_built_are_refused(field: str) -> None:
+    with pytest.raises(NotImplementedError, match="plain transformer only"):
+        model.forward({}, TINY, ids())
+
+
+# --- parameters ---------------------------------------------------------------------
+
+
+def test_v3_has_671_billion_parameters() -> None:
+    """Facts D.1, to the last one, and nothing is allocated."""
+    main = dataclasses.replace(V3, num_nextn_predict_layers=0)
+    assert parameters.count(main) == 671_026_419_200
+    assert parameters.count(V3) - parameters.count(main) == 11_610_068_224
+
+
+def test_v3_counts_by_component() -> None:
+    sizes = {k: math.prod(s) for k, s in parameters.shapes(V3).items()}
+
+    def total(part: str) -> int:
+        return sum(n for k, n in sizes.items() if part in k and ".61." not in k)
+
+    assert total(".mlp.experts.") == 653_908_770_816
+    assert total(".shared_experts.") == 2_554_331_136
+    assert total(".mlp.gate.") == 106_445_312
+    assert total(".self_attn.") == 11_413_547_008
+    assert total("layers.0.mlp.") == 396_361_728
+    assert total("embed_tokens") == total("lm_head") == 926_679_040
+
+
+def test_keys_and_shapes_are_transformers_own() -> None:
+    """TINY's main model on the meta device: their keys, with the experts stacked."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=0)
+    names = [f.name for f in dataclasses.fields(config) if f.name != "rope_scaling"]
+    with torch.device("meta"):
+        peer = DeepseekV3ForCausalLM(
+            DeepseekV3Config(**{n: getattr(config, n) for n in names})
+        )
+    theirs = {k: tuple(p.shape) for k, p in peer.state_dict().items()}
+    ours = {}
+    for name, shape in parameters.shapes(config).items():
+        # in memory transformers joins gate and up, and drops ".weight"
+        if ".experts." in name:
+            continue
+        ours[name] = shape
+    assert ours == {k: s for k, s in theirs.items() if ".experts." not in k}
+    assert sum(math.prod(s) for s in theirs.values()) == parameters.count(config)
+
+
+def test_mini_is_small_enough_to_ship() -> None:
+    assert parameters.count(MINI) <= 15_500_000
+
+
+def test_plain_size() -> None:
+    params = parameters.initialise(PLAIN, 0, 0.02)
+    assert parameters.count(PLAIN) == sum(p.size for p in params.values())
+    assert parameters.count(PLAIN) == 2 * 257 * 128 + 128 + 4 * (
+        4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    )
+
+
+def test_initialisation_is_what_it_says() -> None:
+    params = parameters.initialise(PLAIN, 7, 0.02)
+    for name, p in params.items():
+        assert p.dtype == np.float32
+        if name.endswith("norm.weight"):
+            assert (p == 1).all()
+        else:
+            assert p.std() == pytest.approx(0.02, rel=0.05), name
+            assert abs(p.mean()) < 4 * 0.02 / p.size**0.5, name
+
+
+def test_models_that_share_a_part_share_its_dice() -> None:
+    deeper = dataclasses.replace(SMALL, num_hidden_layers=3)
+    a, b = parameters.initialise(SMALL, 1, 0.1), parameters.initialise(deeper, 1, 0.1)
+    assert all((b[k] == a[k]).all() for k in a)
+    other = parameters.initialise(SMALL, 2, 0.1)
+    assert not (other["lm_head.weight"] == a["lm_head.weight"]).any()
+    layers = [a[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1)]
+    assert not (layers[0] == layers[1]).any()
+
+
+# --- files --------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_is_the_same_model(tmp_path) -> None:
+    params = parameters.initialise(SMALL, 0, 0.1)
+    checkpoints.save(tmp_path / "deep" / "run", params, SMALL)
+    again, config = checkpoints.load(tmp_path / "deep" / "run")
+    assert config == SMALL
+    assert sorted(again) == sorted(params)
+    assert all((again[k] == params[k]).all() for k in params)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_transposed_view_is_saved_as_it_reads(tmp_path) -> None:
+    params = parameters.initialise(SMALL, 0, 0.1)
+    params["lm_head.weight"] = np.asfortranarray(params["lm_head.weight"])
+    checkpoints.save(tmp_path, params, SMALL)
+    again, _ = checkpoints.load(tmp_path)
+    np.testing.assert_array_equal(again["lm_head.weight"], params["lm_head.weight"])
+
+
+def test_a_broken_save_leaves_the_old_file(tmp_path) -> None:
+    params = parameters.initialise(SMALL, 0, 0.1)
+    checkpoints.save(tmp_path, params, SMALL)
+    before = (tmp_path / checkpoints.WEIGHTS).read_bytes()
+    params["lm_head.weight"][0, 0] = np.nan
+    with pytest.raises(parameters.ParameterError, match="lm_head.weight holds NaN"):
+        checkpoints.save(tmp_path, params, SMALL)
+    assert (tmp_path / checkpoints.WEIGHTS).read_bytes() == before
+
+
+def test_broken_files_are_refused_by_name(tmp_path) -> None:
+    with pytest.raises(checkpoints.CheckpointError, match="no model.safetensors"):
+        checkpoints.load(tmp_path)
+    params = parameters.initialise(SMALL, 0, 0.1)
+    checkpoints.save(tmp_path, params, SMALL)
+    path = tmp_path / checkpoints.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(checkpoints.CheckpointError, match="cut short"):
+        checkpoints.load(tmp_path)
