@@ -17,9 +17,11 @@ STAMPS := $(VENV)/.stamps
 LOG := $(VENV)/.pip.log
 PIP := $(RUN) pip --disable-pip-version-check install --log $(LOG)
 HTML := book/_build/html
-# Several test processes, each with one thread: more threads than cores only wait.
+# The matrices here are small: more threads in one multiplication mostly wait for each
+# other (on two busy cores five times as long), and may change a number's last digit.
+THREADS ?= 1
+PYTEST := OMP_NUM_THREADS=$(THREADS) $(RUN) pytest
 JOBS ?= logical
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 
 # $(call where,<files>,<groups>): these groups of packages, where there is such a file.
 # $(call if_any,<files>,<command>,<what to say where there is no such file>)
@@ -40,9 +42,11 @@ help: ## List these commands
 	  | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 	@echo; echo "The first use sets up .venv and downloads packages; later uses do not."
 
+# One thread: the pages' matrices are small, and two threads that share a core with
+# something else spend their time waiting for each other (four times slower, measured).
 book: $(STAMPS)/book ## Build the book, running its code
 	@echo "-- Building the book: minutes where its code has to run, else seconds."
-	@$(BIN)/jupyter-book build book -W -n --keep-going $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book -W -n --keep-going $(ARGS)
 	@echo "-- The book: $(CURDIR)/$(HTML)/index.html (make open)"
 
 open: $(STAMPS)/book ## Open the book in the browser
@@ -80,6 +84,7 @@ clean: ## Remove what was built (not .venv, your answers or runs)
 	@echo "Removed the built book and all caches. The set-up stays: rm -rf $(VENV)"
 
 setup: $(STAMPS)/test ## Only set up, so that the other commands start at once
+	@echo "-- The set-up is complete."
 
 lock: $(STAMPS)/venv ## Write constraints.txt anew (for maintainers)
 	@$(call install,--quiet uv)
@@ -152,17 +157,16 @@ wants_cpu = [ "$(TORCH)" = cpu ] || { [ "$(TORCH)" = auto ] && [ "$$(uname)" = L
 
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@trap 'exit 130' INT; \
-	pin=$$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt); \
 	if $(wants_cpu); then \
-	  echo "-- Installing $$pin for the CPU: about 200 MB."; \
-	  if $(PIP) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) $$pin; \
-	  then rm -f $(LOG); touch $@; exit 0; fi; \
+	  echo "-- Installing torch for the CPU: about 200 MB."; \
+	  if $(PIP) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) \
+	    --constraint constraints.txt torch; then rm -f $(LOG); touch $@; exit 0; fi; \
 	  echo "-- The CPU build of torch could not be had. The plain package follows, which"; \
 	  echo "   brings libraries for NVIDIA cards: about 3 GB. Ctrl-C stops it."; \
 	else \
-	  echo "-- Installing $$pin: up to 3 GB where there is an NVIDIA card."; \
+	  echo "-- Installing torch: up to 3 GB where there is an NVIDIA card."; \
 	fi; \
-	$(call install,--constraint constraints.txt $$pin)
+	$(call install,--constraint constraints.txt torch)
 	@touch $@
 
 $(patsubst %,$(STAMPS)/%,book test lab cuda): $(STAMPS)/%: $(STAMPS)/torch \

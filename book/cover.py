@@ -20,12 +20,13 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-ser
 STYLE = """<style>
 .minidsv3-cover { --ink: var(--fig-ink, #1c2127); --muted: var(--fig-muted, #6b7480);
   --faint: var(--fig-grid, #d9dee4); --blue: var(--fig-c1, #0f62a8);
-  --lit: var(--mini-lit, #e08600); --sheet: var(--fig-paper, #ffffff); }
+  --lit: var(--mini-lit, #e08600); --word: var(--mini-lit-text, #8f5400);
+  --sheet: var(--fig-paper, #ffffff); }
 @media (prefers-color-scheme: dark) { .minidsv3-cover { --ink: var(--fig-ink, #e4e8ec);
   --muted: var(--fig-muted, #9aa4b0); --faint: var(--fig-grid, #323b46);
   --blue: var(--fig-c1, #63b3f2); --lit: var(--mini-lit, #ffb83d);
-  --sheet: var(--fig-paper, #14181d); } }
-.minidsv3-cover .name { font-size: 19px; }
+  --word: var(--mini-lit-text, #ffc766); --sheet: var(--fig-paper, #14181d); } }
+.minidsv3-cover .name { font-size: 19px; fill: var(--ink); }
 .minidsv3-cover .long, .minidsv3-cover .short { fill: var(--muted); }
 .minidsv3-cover .short { display: none; }
 @media (max-width: 520px) { .minidsv3-cover .name { font-size: 32px; }
@@ -115,7 +116,7 @@ def cells(read: str, coming: str, pitch: int) -> list[str]:
             f'stroke="{stroke}" stroke-width="1.5"{dash}/>'
             f'<text x="{x + 19}" y="352" text-anchor="middle" font-size="21" '
             f'font-family="ui-monospace, Menlo, Consolas, monospace" '
-            f'fill="var({"--ink" if known else "--lit"})">{c.replace(" ", "")}</text>'
+            f'fill="var({"--ink" if known else "--word"})">{c.replace(" ", "")}</text>'
         )
     start = 36 + pitch * (len(read) - 1) + 19
     for step, dash in ((1, ""), (2, ' stroke-dasharray="5 4"')):
@@ -203,9 +204,14 @@ def word(text: str, x: float, size: float) -> str:
     return f'<path transform="translate({x} 40)" fill="#eef2f6" d="{"".join(steps)}"/>'
 
 
+def write(name: str, text: str) -> None:
+    """Write one drawing, with the same bytes on every system."""
+    (HERE / name).write_text(text, encoding="utf-8", newline="\n")
+
+
 if __name__ == "__main__":
     chosen = set(route(seed=160)[2].tolist())
-    (HERE / "cover.svg").write_text(cover())
     logo = lights(16, chosen, 3.1, 0.95) + word("minidsv3", 68, 24)
-    (HERE / "logo.svg").write_text(tile(196, logo))
-    (HERE / "favicon.svg").write_text(tile(64, lights(3, {0, 4, 8}, 17, 5)))
+    write("cover.svg", cover())
+    write("logo.svg", tile(196, logo))
+    write("favicon.svg", tile(64, lights(3, {0, 4, 8}, 17, 5)))

@@ -41,7 +41,8 @@ _VARIABLES = {
 } | {c: f"var(--fig-c{i}, {_FALLBACK[c]})" for i, c in enumerate(PALETTE, 1)}
 _SHADES = LinearSegmentedColormap.from_list("shades", [(BLUE, 0.0), (BLUE, 1.0)], 40)
 matplotlib.colormaps.register(_SHADES, force=True)  # nothing → blue, any background
-plt.style.use(Path(__file__).with_name("style.mplstyle"))
+HERE = Path(__file__).parent
+plt.style.use(HERE / "style.mplstyle")
 
 
 def show(fig: Figure, alt: str) -> None:
@@ -60,8 +61,7 @@ def svg(fig: Figure, alt: str) -> str:
 
     Ids carry a hash of the drawing, so two figures on one page never share one.
     """
-    if len(alt.split()) < 3:
-        raise ValueError(f"alt={alt!r}: say in a sentence what the figure shows")
+    label = _label(alt)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "minidsv3", "svg.fonttype": "path"}):
         fig.savefig(buffer, format="svg", metadata={"Date": None})
@@ -76,8 +76,7 @@ def svg(fig: Figure, alt: str) -> str:
     body = re.sub("|".join(_VARIABLES), lambda m: _VARIABLES[m[0]], body)
     inside = re.sub(r"\s*\n\s*", "\n", body[body.index(">") + 1 :])
     return (
-        f'<svg class="minidsv3-figure" role="img" aria-label="{html.escape(alt)}" '
-        f'viewBox="{view[0][9:-1]}" xmlns="http://www.w3.org/2000/svg" '
+        f'<svg {label} viewBox="{view[0][9:-1]}" xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink" stroke-linejoin="round" '
         'stroke-linecap="butt" style="display:block; width:100%; height:auto; '
         f'max-width:{1.72 * float(view[1]):.0f}px; margin:auto">{inside}'
@@ -85,31 +84,32 @@ def svg(fig: Figure, alt: str) -> str:
 
 
 def drawing(name: str, alt: str) -> None:
-    """Display the hand-made drawing `_static/<name>` as inline SVG, no wider than drawn.
+    """Display a hand-made SVG of `_static/` inline, no wider than its viewBox.
 
-    It must take its colours from the same CSS variables. `alt` as in `show`: ValueError
-    if it is missing. FileNotFoundError if there is no such drawing.
+    `alt` as in `show`. The file names the CSS variables itself; its ids get a hash, as
+    in `svg`. FileNotFoundError names the drawings there are.
     """
-    if len(alt.split()) < 3:
-        raise ValueError(f"alt={alt!r}: say in a sentence what the drawing shows")
-    path = Path(__file__).parent / "_static" / name
+    label, path = _label(alt), HERE / "_static" / name
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.svg")))
+        there = ", ".join(sorted(other.name for other in path.parent.glob("*.svg")))
         raise FileNotFoundError(f"no drawing {name!r} in book/_static, only {there}")
-    body = re.sub(r"<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    body = body[body.index("<svg") :]
-    view = re.search(r'viewBox="([-\d.]+ [-\d.]+ ([\d.]+) [\d.]+)"', body)
+    text = re.sub(r"<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    key = "d" + hashlib.sha256((alt + text).encode()).hexdigest()[:8]
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
+    opening, inside = text[text.index("<svg ") + 5 :].split(">", 1)
+    opening = re.sub(r'\b(class|role|aria-label)="[^"]*"\s*', "", opening).strip()
+    view = re.search(r'viewBox="\S+ \S+ (\S+) \S+"', opening)
     if view is None:
-        raise ValueError(f"{name}: its <svg> has no viewBox, so it cannot be scaled")
-    key = "d" + hashlib.sha256((alt + body).encode()).hexdigest()[:8]
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)
-    inside = re.sub(r"\s*\n\s*", "\n", body[body.index(">") + 1 :])
-    display(HTML(
-        f'<svg class="minidsv3-figure" role="img" aria-label="{html.escape(alt)}" '
-        f'viewBox="{view[1]}" xmlns="http://www.w3.org/2000/svg" '
-        'style="display:block; width:100%; height:auto; '
-        f'max-width:{float(view[2]):.0f}px; margin:auto">{inside}'
-    ))  # fmt: skip
+        raise ValueError(f"{name} has no viewBox, so it cannot be scaled")
+    style = "display:block; width:100%; height:auto; margin:auto; max-width"
+    inside = re.sub(r"\s*\n\s*", "\n", inside)
+    display(HTML(f'<svg {label} {opening} style="{style}:{view[1]}px">{inside}'))
+
+
+def _label(alt: str) -> str:
+    if len(alt.split()) < 3:
+        raise ValueError(f"alt={alt!r}: say in a sentence what the figure shows")
+    return f'class="minidsv3-figure" role="img" aria-label="{html.escape(alt)}"'
 
 
 def label_lines(ax: Axes, gap: float = 0.075) -> None:
@@ -147,3 +147,23 @@ def loupe(ids: Sequence[int], weights: np.ndarray, heads: Sequence[str] = ()) ->
         "<p>This figure moves: it needs JavaScript and the book's page.</p>"
         "</attention-loupe>"
     ))  # fmt: skip
+
+
+def surprise(ids: Sequence[int], bits: Sequence[float], most: float = 8.0) -> None:
+    """Display bytes as text, shaded by cost: nothing → pale, `most` → dark.
+
+    `ids` and `bits` have equal length T. The cost stands in each byte's title, so that
+    hovering tells it. ValueError if the lengths differ.
+    """
+    if len(ids) != len(bits):
+        raise ValueError(f"{len(ids)} ids and {len(bits)} costs: give one cost an id")
+    cells = []
+    for i, cost in zip(map(int, ids), map(float, bits), strict=True):
+        char = "⏎" if i == 10 else chr(i) if 32 <= i < 127 else "▯"
+        share = 75 * min(cost / most, 1.0)
+        shade = f"color-mix(in srgb, {_VARIABLES[ORANGE]} {share:.0f}%, transparent)"
+        cells.append(
+            f'<span style="background:{shade}" title="{cost:.1f} bits">'
+            f"{html.escape(char)}</span>" + ("\n" if i == 10 else "")
+        )
+    display(HTML(f'<pre class="surprise">{"".join(cells)}</pre>'))

@@ -73,7 +73,7 @@ def load_corpus(path: str | Path | None = None, held_out: float = 0.1) -> Corpus
     ``\\n``. Raises `CorpusError`: no such path, an empty or binary file, a folder
     without text, a share outside (0, 1), or a side that would have nothing.
     """
-    if isinstance(held_out, bool) or not 0 < held_out < 1:
+    if not isinstance(held_out, float) or not 0 < held_out < 1:
         raise CorpusError(f"held_out = {held_out!r}: must be between 0 and 1")
     if path is None:
         name = f"standard library of Python {platform.python_version()}"

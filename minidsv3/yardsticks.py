@@ -17,7 +17,7 @@ Array = np.ndarray
 
 def per_byte(bits: float, held_out: Array) -> float:
     """Divide a bill in bits by the number of bytes that were predicted."""
-    return bits / int(np.count_nonzero(held_out[1:] != BOUNDARY))
+    return float(bits) / int(np.count_nonzero(held_out[1:] != BOUNDARY))
 
 
 def uniform(held_out: Array) -> float:

@@ -202,6 +202,7 @@ def too_long(root: Path) -> list[str]:
     wrong = []
     for name, text, tree in sources(root):
         for number, line in enumerate(text.splitlines(), start=1):
+            line = re.sub(r"\s+# noqa: \w+$", "", line)  # ruff does not count it either
             if len(line) > COLUMNS:
                 wrong.append(f"{name}:{number}: {len(line)} columns, over {COLUMNS}")
         code = code_lines(text, tree)

@@ -304,11 +304,10 @@ def small_book(tmp_path_factory):
     (book / "references.bib").touch()
     (book / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nparts:\n"
-        "  - numbered: true\n    chapters: [{file: page}]\n"
+        "  - numbered: true\n    chapters: [{file: page}, {file: other}]\n"
     )
-    (book / "index.md").write_text(
-        "# Home\n\nTaken from {glue:text}`page.md::value:.1f`.\n"
-    )
+    (book / "index.md").write_text("# Home\n")
+    (book / "other.md").write_text("# Other\n\n{glue:text}`page.md::value:.1f`\n")
     (book / "page.md").write_text(f"---\n{yaml.dump(HEADER)}---\n{PAGE}")
     return root
 
@@ -320,7 +319,9 @@ def build(root: Path, value: float) -> Path:
     run = subprocess.run(
         [*command, "-W", "-n"],
         cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root), "JUPYTER_DATA_DIR": str(root)},
+        env=os.environ
+        | {"PYTHONPATH": str(root), "JUPYTER_DATA_DIR": str(root)}
+        | {"JUPYTER_PREFER_ENV_PATH": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return root / "book/_build/html"
@@ -333,8 +334,14 @@ def test_a_change_in_the_library_reaches_the_page(small_book):
     caches = list((small_book / "book/_build/.jupyter_cache").iterdir())
     build(small_book, 7.75)
     assert ">7.75<" in (site / "page.html").read_text()
-    assert ">7.8<" in (site / "index.html").read_text()
+    assert ">7.8<" in (site / "other.html").read_text()
     assert list((small_book / "book/_build/.jupyter_cache").iterdir()) != caches
+    page = small_book / "book/page.md"
+    page.write_text(
+        page.read_text().replace("value(), display", "2 * value(), display")
+    )
+    build(small_book, 7.75)
+    assert ">15.5<" in (site / "other.html").read_text()
 
     html = (site / "page.html").read_text()
     assert "Fig. 1.1" in html

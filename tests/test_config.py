@@ -170,6 +170,8 @@ def test_plain_has_no_mechanism() -> None:
     assert not PLAIN.uses_moe
     assert not any(PLAIN.is_moe_layer(layer) for layer in range(4))
     assert PLAIN.qk_head_dim == 32
+    assert (PLAIN.n_group, PLAIN.topk_group) == (1, 1)
+    assert PLAIN.routed_scaling_factor == 1.0
 
 
 def test_layers_beyond_the_model_do_not_exist() -> None:
@@ -496,6 +498,13 @@ def test_a_config_is_frozen_hashable_and_checked_again() -> None:
     assert (wider.hidden_size, TINY.hidden_size) == (64, 32)
     with pytest.raises(TypeError, match="hidden_sise"):
         replace(TINY, hidden_sise=64)
+
+
+def test_the_edges_are_allowed() -> None:
+    replace(V3, max_position_embeddings=4096)
+    replace(V3.rope_scaling, factor=1)
+    replace(TINY, topk_group=4, num_experts_per_tok=8, first_k_dense_replace=2)
+    replace(TINY, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1)
 
 
 def test_numbers_are_stored_as_pythons_own() -> None:

@@ -281,7 +281,9 @@ def test_unusable_text_is_refused(tmp_path, texts, message) -> None:
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), True])
+@pytest.mark.parametrize(
+    "share", [0, 1, 0.0, 1.0, -0.1, 1.5, float("nan"), True, "0.1", None]
+)
 def test_a_share_is_between_0_and_1(share) -> None:
     with pytest.raises(CorpusError, match=r"held_out = .* must be between 0 and 1"):
         load_corpus(held_out=share)

@@ -482,3 +482,18 @@ def test_check_pair_refuses_a_wrong_gradient() -> None:
         check_pair(
             ref.linear_forward, wrong_backward, [normal(2, 3), normal(4, 3)], F.linear
         )
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_weights_are_what_the_values_were_mixed_with(heads: tuple) -> None:
+    config, weights = plain_attention(*heads)
+    x = normal(2, 4, 5)
+    y, saved = att.attention_forward(
+        weights, x, config, rotation_for(config, np.arange(4))
+    )
+    P = att.attention_weights(saved)
+    assert P.shape == (2, heads[0], 4, 4)
+    v = (x @ weights["v_proj.weight"].T).reshape(2, 4, heads[1], 3)
+    v = np.repeat(v, heads[0] // heads[1], axis=2)
+    o = np.einsum("bhts,bshd->bthd", P, v).reshape(2, 4, -1)
+    assert relative_error(o @ weights["o_proj.weight"].T, y) <= 1e-13

@@ -262,9 +262,10 @@ def test_download_cut_off_goes_on(ready):
     assert '--editable ".[test]"' in plan
 
 
-OLD = """#!/bin/sh
-echo 3.9.2
-exit 1
+OLD = f"""#!/bin/sh
+exec {sys.executable} -c 'import sys
+sys.version, sys.version_info = "3.9.2 (old)", (3, 9, 2)
+exec(sys.argv[2])' "$@"
 """
 
 

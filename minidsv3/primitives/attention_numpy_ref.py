@@ -201,3 +201,13 @@ def attention_backward(dy: Array, saved: tuple) -> tuple[Array, dict[str, Array]
         "o_proj.weight": dW_o,
     }
     return dx_q + dx_k + dx_v, grads
+
+
+def attention_weights(saved: tuple) -> Array:
+    """The softmax output inside what `attention_forward` saved: (B, N_h, T, S).
+
+    Each row sums to one and says what its position read.
+    """
+    _, _, _, P, _, T = saved[4]
+    B, N_kv, RT, S = P.shape
+    return P.reshape(B, N_kv * RT // T, T, S)  # (B, N_h, T, S)

@@ -73,7 +73,7 @@ def embedding_backward(dy: Array, saved: tuple) -> Array:
 
 
 def rmsnorm_forward(x: Array, g: Array, eps: float) -> tuple[Array, tuple]:
-    r"""Root-mean-square norm, :math:`y = g \odot x\,r`, :math:`r=(\overline{x^2}+ε)^{-1/2}`.
+    r"""RMSNorm, :math:`y = g ⊙ x\,r` with :math:`r = (\overline{x^2}+ε)^{-1/2}`.
 
     Shapes: x (..., D), g (D,) -> y (..., D). eps keeps a row of zeros finite.
     """
@@ -124,7 +124,7 @@ def rope_frequencies(config: Config) -> Array:
 
 
 def softmax_scale(config: Config) -> float:
-    r"""What the attention scores are multiplied with: :math:`α = m^2/\sqrt{d_h+d_R}`.
+    r"""What attention scores are multiplied with, :math:`α = m^2/\sqrt{d_h+d_R}`.
 
     m is 1 without YaRN, else :math:`0.1\,\text{mscale\_all\_dim}\,\ln s + 1`. It applies
     to the whole score, the part without positions too, as in both released codebases.
