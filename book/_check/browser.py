@@ -59,9 +59,9 @@ Fault = tuple[str, str]
 
 def chromium() -> str | None:
     """Return the path of a Chromium or Chrome, or None when there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = (shutil.which(name) for name in names)
-    return os.environ.get("CHROMIUM") or next(filter(None, found), None)
+    wanted = os.environ.get("CHROMIUM", "chromium")
+    names = (wanted, "chromium", "chromium-browser", "google-chrome", "chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Visit:

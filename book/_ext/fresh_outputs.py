@@ -3,8 +3,8 @@
 jupyter-cache compares the cells of a page and nothing else. Change a function in
 the library and the page goes on showing the numbers of the old one. So the cache
 lives in a folder named after a hash of all that an output can depend on: the
-library, the plotting helpers and style, committed results, and the versions of
-Python and the packages. A change names a new folder, the pages run again, and the
+library, the plotting helpers, style and drawings, committed results, and the versions
+of Python and the packages. A change names a new folder, the pages run again, and the
 old folder is deleted. Sphinx sees a changed setting and reads every page anew.
 """
 
@@ -25,6 +25,7 @@ SOURCES = (
     "minidsv3/**/*.py",
     "book/*.py",
     "book/*.mplstyle",
+    "book/_static/*.svg",
     "book/results/*",
     "constraints.txt",
 )

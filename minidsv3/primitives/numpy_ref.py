@@ -126,8 +126,9 @@ def rope_frequencies(config: Config) -> Array:
 def softmax_scale(config: Config) -> float:
     r"""What attention scores are multiplied with, :math:`α = m^2/\sqrt{d_h+d_R}`.
 
-    m is 1 without YaRN, else :math:`0.1\,\text{mscale\_all\_dim}\,\ln s + 1`. It applies
-    to the whole score, the part without positions too, as in both released codebases.
+    m is 1 without YaRN, else :math:`0.1\,\text{mscale\_all\_dim}\,\ln s + 1`. It
+    applies to the whole score, the part without positions too, as in both released
+    codebases.
     """
     alpha = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = config.rope_scaling
