@@ -13,6 +13,7 @@ The map, mechanism by implementation. Imports point downwards only::
     yardsticks               what a model must beat: unigram, bigram, xz
     config                   one frozen Config in DeepSeek's words
     config_json              its border to config.json
+    checks                   what its numbers must be
 
 Multi-token prediction, the mixture of experts and multi-head latent attention get a
 room each; ``parameters`` and ``config`` know their shapes already.

@@ -341,7 +341,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(name=st.sampled_from([*RELEASED, "rope_parameters"]), value=JSON)
 def test_whatever_stands_in_the_file_the_answer_is_a_config_or_its_error(name, value):
     message = ""
@@ -565,6 +565,7 @@ def configs(draw: st.DrawFn) -> Config:
     )
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(configs())
 def test_every_possible_config_survives_the_file(config) -> None:
     text = json.dumps(config_json.to_words(config))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidsv3 import corpus as module
@@ -342,6 +342,7 @@ def test_a_text_too_short_for_a_window_is_refused() -> None:
         batch(tokens, 2, 6, seed=0, step=0)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_text_survives_the_ids(text) -> None:
     ids = encode(text)

@@ -1,7 +1,7 @@
 """Open every page of the built book in a browser without network, and look.
 
     python book/_check/browser.py book/_build/html
-    python book/_check/browser.py book/_build/html --screenshots /tmp/shots
+    python book/_check/browser.py book/_build/html --screenshots shots
 
 Sphinx does not notice bad TeX, a figure wider than a phone, or a font that comes from
 another machine. This does: it opens each page at desktop and at phone width, light and
@@ -40,7 +40,8 @@ TYPESET = """async () => {
   if (!document.querySelector(".math")) return;
   const late = new Promise((_, no) => setTimeout(no, 30000, "MathJax is not there"));
   const done = async () => {
-    while (!window.MathJax?.startup?.promise) await new Promise((go) => setTimeout(go, 20));
+    const soon = (go) => setTimeout(go, 20);
+    while (!window.MathJax?.startup?.promise) await new Promise(soon);
     await MathJax.startup.promise;
   };
   await Promise.race([done(), late]);

@@ -186,14 +186,15 @@ def attention_backward(dy: Array, saved: tuple) -> tuple[Array, dict[str, Array]
     saved_q, saved_k, saved_v, saved_rope, saved_core, saved_o = saved
     B, T, _ = dy.shape
     do, dW_o = linear_backward(dy, saved_o)
-    N_kv, d_v = saved_core[2].shape[1], saved_core[2].shape[3]
+    d_v = saved_core[2].shape[-1]
     do = do.reshape(B, T, -1, d_v)  # (B, T, N_h, d_v)
     dq, dk, dv = causal_attention_backward(do, saved_core)
-    dq = rope_backward(dq, saved_rope)
-    dk = rope_backward(dk, saved_rope)
-    dx_q, dW_q = linear_backward(dq.reshape(B, T, -1), saved_q)
-    dx_k, dW_k = linear_backward(dk.reshape(B, T, -1), saved_k)
-    dx_v, dW_v = linear_backward(dv.reshape(B, T, N_kv * d_v), saved_v)
+    dq = rope_backward(dq, saved_rope).reshape(B, T, -1)  # (B, T, N_h*d)
+    dk = rope_backward(dk, saved_rope).reshape(B, T, -1)  # (B, T, N_kv*d)
+    dv = dv.reshape(B, T, -1)  # (B, T, N_kv*d_v)
+    dx_q, dW_q = linear_backward(dq, saved_q)
+    dx_k, dW_k = linear_backward(dk, saved_k)
+    dx_v, dW_v = linear_backward(dv, saved_v)
     grads = {
         "q_proj.weight": dW_q,
         "k_proj.weight": dW_k,
