@@ -51,9 +51,8 @@ def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
     d, eps = config.qk_rope_head_dim, config.rms_norm_eps
     theta = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * theta
-    turn = torch.stack(
-        [angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1
-    ).unflatten(-1, (2, 2))
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
+    turn = turn.unflatten(-1, (2, 2)).to(p["lm_head.weight"].dtype)
 
     def heads(x: torch.Tensor, n: int) -> torch.Tensor:
         return x.view(B, T, n, -1).transpose(1, 2)
