@@ -46,7 +46,9 @@ help: ## List these commands
 # something else spend their time waiting for each other (four times slower, measured).
 book: $(STAMPS)/book ## Build the book, running its code
 	@echo "-- Building the book: minutes where its code has to run, else seconds."
-	@OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book -W -n --keep-going $(ARGS)
+	@MINIDSV3_TERMINAL=$$(tty || true); export MINIDSV3_TERMINAL; \
+	[ -w "$$MINIDSV3_TERMINAL" ] || MINIDSV3_TERMINAL=; \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/jupyter-book build book -W -n --keep-going $(ARGS)
 	@echo "-- The book: $(CURDIR)/$(HTML)/index.html (make open)"
 
 open: $(STAMPS)/book ## Open the book in the browser

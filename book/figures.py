@@ -15,9 +15,11 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -26,6 +28,7 @@ from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 INK, MUTED, GRID, PAPER = "#1c2127", "#6b7480", "#d9dee4", "#fdfdfc"
 BLUE, ORANGE, GREEN, PURPLE, GOLD, GREY = PALETTE = (
@@ -167,3 +170,20 @@ def surprise(ids: Sequence[int], bits: Sequence[float], most: float = 8.0) -> No
             f"{html.escape(char)}</span>" + ("\n" if i == 10 else "")
         )
     display(HTML(f'<pre class="surprise">{"".join(cells)}</pre>'))
+
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], total: int) -> Iterator[Item]:
+    """Pass `items` through and show how far they are: in a notebook below the cell.
+
+    While the book is built a cell's output is part of the page, so the bar then goes to
+    the terminal that ``$MINIDSV3_TERMINAL`` names (`make book` sets it), or nowhere.
+    """
+    terminal = os.environ.get("MINIDSV3_TERMINAL")
+    if terminal is None:
+        yield from tqdm(items, total=total)
+        return
+    with open(terminal or os.devnull, "w") as screen:
+        yield from tqdm(items, total=total, file=screen)

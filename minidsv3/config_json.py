@@ -72,7 +72,6 @@ def from_words(words: dict) -> Config:
         if words.get(name, only) not in (only, None):
             raise ConfigError(f"{name} = {words[name]!r}: must be {only!r}")
     values = {f.name: words[f.name] for f in fields(Config) if f.name in words}
-    values.pop("rope_scaling", None)
     values |= _rope(words)
     if values.get("n_shared_experts", 0) is None:
         values["n_shared_experts"] = 0  # a null in older files of DeepSeek's
@@ -140,9 +139,7 @@ def _rope(words: dict) -> dict:
     return found
 
 
-def _yarn(words: dict | None) -> Yarn | None:
-    if words is None:
-        return None
+def _yarn(words: dict) -> Yarn | None:
     kind = words.get("type", words.get("rope_type"))
     if kind != words.get("rope_type", kind) or kind not in ("yarn", "default"):
         raise ConfigError(f"rope_scaling.type = {kind!r}: must be 'yarn' or 'default'")

@@ -258,6 +258,8 @@ def test_absent_mtp_means_none_and_null_means_off() -> None:
     assert config.num_nextn_predict_layers == 0
     assert config.q_lora_rank is None
     assert config.rope_scaling is None
+    no_shared = config_json.from_words({**words, "n_shared_experts": None})
+    assert no_shared.n_shared_experts == 0
 
 
 @pytest.mark.parametrize(
@@ -383,6 +385,8 @@ def test_writing_takes_a_file_or_a_folder_and_makes_it(tmp_path) -> None:
     assert TINY.to_json(tmp_path / "a" / "b") == tmp_path / "a" / "b" / "config.json"
     assert TINY.to_json(str(tmp_path / "c.json")) == tmp_path / "c.json"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "c.json"]
+    (tmp_path / "folder.json").mkdir()
+    assert TINY.to_json(tmp_path / "folder.json").name == "config.json"
     assert Config.from_json(tmp_path / "a" / "b") == Config.from_json(
         tmp_path / "c.json"
     )

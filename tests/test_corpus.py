@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from minidsv3 import corpus as module
 from minidsv3.corpus import (
     BOUNDARY,
+    VOCAB_SIZE,
     Corpus,
     CorpusError,
     batch,
@@ -97,6 +98,7 @@ def test_no_file_is_on_both_sides(library) -> None:
     assert len(train) == len(library.files_train)
     assert not train & held
     assert len(documents(library.train)) == len(train)
+    assert all(text.strip() for text in documents(library.train))
     # bz2 and lzma have most of their lines in common, and so have profile and cProfile.
     for a, b in [("bz2.py", "lzma.py"), ("profile.py", "cProfile.py")]:
         assert (a in train) == (b in train), (a, b)
@@ -260,6 +262,12 @@ def test_a_file_without_line_ends_is_not_cut_inside_a_character(tmp_path) -> Non
             text.decode("utf-8")  # would raise
 
 
+def test_the_shortest_file_that_can_be_cut(tmp_path) -> None:
+    (tmp_path / "x").write_text("ab")
+    corpus = load_corpus(tmp_path / "x", held_out=0.9)
+    assert (documents(corpus.train), documents(corpus.held_out)) == ([b"a"], [b"b"])
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -269,6 +277,10 @@ def test_a_file_without_line_ends_is_not_cut_inside_a_character(tmp_path) -> Non
         ({"x": b"abc\x00def"}, "x is binary, not text: byte 3 is 0"),
         ({"x": b"abcd\xff"}, "x is not UTF-8 text: byte 4 is 0xff"),
         ({"x": b"a"}, "x is too short to hold out 0.1 of it: it has 1 bytes"),
+        (
+            {"x": b"\n\n\n\n\n\nb"},
+            "x is too short to hold out 0.1 of it: it has 7 bytes",
+        ),
         ({"x/.keep": b"text"}, "x has no text in it"),
         ({"x/a": b"", "x/b": b"\x00"}, "x has no text in it"),
         ({"x/a": b"abc\ndef", "x/b": b"abc\n  def"}, "the 2 files are near-duplicates"),
@@ -350,6 +362,7 @@ def test_text_survives_the_ids(text) -> None:
     assert ids.tolist() == list(text.encode())
     assert decode(ids) == text
     assert decode([BOUNDARY, *ids, BOUNDARY]) == text
+    assert ids.max(initial=0) < BOUNDARY < VOCAB_SIZE == 257
 
 
 def test_broken_characters_show_as_such() -> None:

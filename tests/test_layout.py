@@ -172,6 +172,7 @@ PROBLEMS = [
         "tests/x.py:1: _f_body has 151 lines, over 150",
     ),
     ("empty_modules", {"minidsv3/gpu/x.py": "# to come\n\n"}, "gpu/x.py: empty"),
+    ("empty_modules", {"tests/test_x.py": ""}, "tests/test_x.py: empty"),
     ("empty_modules", {"minidsv3/mtp/__init__.py": ""}, "mtp/__init__.py: empty"),
     ("undocumented", {"minidsv3/config.py": "X = 1\n"}, "config.py:1: the module has"),
     (
@@ -266,6 +267,7 @@ ALLOWED = [
     ("duplicates", {"minidsv3/config.py": "def f():\n    g()\n    h()\n" * 2}),
     ("undocumented", {"minidsv3/config.py": '"""M."""\ndef _f():\n    pass\n'}),
     ("unannotated", {"minidsv3/config.py": "def _f(x):\n    pass\n"}),
+    ("empty_modules", {"tests/benchmarks/__init__.py": ""}),
     ("committed_outputs", {"exercises/a.ipynb": json.dumps(NOTEBOOK)}),
     (
         "machine_paths",

@@ -101,3 +101,30 @@ def test_elements_are_defined_once_and_load_nothing(script: Path) -> None:
     assert f'if (customElements.get("{script.stem}")) return;' in text
     assert not re.search(r"https?://|import\s|fetch\(", text)
     assert len(text.splitlines()) < 200
+
+
+def test_progress_passes_everything_on_and_draws_where_it_is_told(
+    figures: ModuleType, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    screen = tmp_path / "screen"
+    for name, shown in ((str(screen), ""), ("", ""), (None, "3/3")):
+        monkeypatch.delenv("MINIDSV3_TERMINAL", raising=False)
+        if name is not None:
+            monkeypatch.setenv("MINIDSV3_TERMINAL", name)
+        assert list(figures.progress(iter("abc"), total=3)) == ["a", "b", "c"]
+        said = capfd.readouterr()
+        assert said.out == "" and shown in said.err and bool(said.err) == bool(shown)
+    assert "3/3" in screen.read_text()
+
+
+def test_surprise_shades_each_byte_by_its_cost(figures: ModuleType, capsys) -> None:
+    shown: list = []
+    figures.display = shown.append
+    figures.surprise([97, 60, 10, 200], [0.0, 4.0, 8.0, 80.0])
+    text = shown[0].data
+    shares = [int(x) for x in re.findall(r"(\d+)%, transparent", text)]
+    assert shares[0] == 0 and shares[1] * 2 == pytest.approx(shares[2], abs=1)
+    assert shares[2] == shares[3]
+    assert "&lt;" in text and text.count("\n") == 1 and "4.0 bits" in text
+    with pytest.raises(ValueError, match="1 ids and 2 costs"):
+        figures.surprise([97], [1.0, 2.0])
