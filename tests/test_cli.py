@@ -10,8 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidsv3 import checkpoints
+from minidsv3 import checkpoints, parameters
 from minidsv3.__main__ import main
+from minidsv3.checkpoints import read_tensors
+from minidsv3.config import TrainConfig
+from minidsv3.corpus import encode, load_corpus
+from minidsv3.generation.numpy_ref import generate
+from minidsv3.training import run_folder
+from minidsv3.training.numpy_ref import evaluate, new_state, train
 
 ROOT = Path(__file__).parent.parent
 SIZES = "hidden_size=16 intermediate_size=24 num_hidden_layers=1 qk_rope_head_dim=8"
@@ -88,6 +94,39 @@ def test_ctrl_c_saves_and_resume_continues_bit_for_bit(
     assert losses[0] == losses[1]
 
 
+def test_the_command_does_what_the_library_does(
+    tmp_path: Path, text: Path, capfdbinary
+) -> None:
+    """Seed, initial scale, held-out text and sampling values reach their places."""
+    out = str(tmp_path / "run")
+    settings = ["--steps", "1", "--seed", "5", "--set", "init_std=0.5",
+                "--warmup-steps", "0"]  # fmt: skip
+    assert main([*TRAIN, "--text", str(text), "--out", out, *settings]) == 0
+    words = load_corpus(text)
+    params, config = checkpoints.load(out)
+    recipe = TrainConfig(
+        steps=1, batch_size=2, sequence_length=16, warmup_steps=0, seed=5, init_std=0.5
+    )
+    state = new_state(parameters.initialise(config, 5, 0.5))
+    [record] = train(state, config, recipe, words.train)
+    assert all(np.array_equal(state.params[k], params[k]) for k in params)
+
+    capfdbinary.readouterr()
+    chosen = ["--model", out, "--text", str(text), "--sequence-length", "16"]
+    assert main(["evaluate", *chosen]) == 0
+    bits = evaluate(params, config, words.held_out, 16)
+    assert capfdbinary.readouterr().out.startswith(f"{bits:.4f} bits".encode())
+
+    for prompt in ("naï", ""):
+        asked = ["--prompt", prompt, "--max-new-tokens", "20", "--seed", "7"]
+        asked += ["--temperature", "0.6", "--top-p", "0.4"]
+        assert main(["generate", "--model", out, *asked]) == 0
+        start = encode(prompt) if prompt else np.array([256])
+        new = generate(params, config, start[None].astype(int), 20, 0.6, 0.4, seed=7)
+        written = bytes(i for i in new[0].tolist() if i < 256)
+        assert capfdbinary.readouterr().out == prompt.encode() + written + b"\n"
+
+
 def test_killed_at_any_moment_it_resumes(tmp_path: Path, text: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = [*TRAIN, "--text", text, "--steps", "120", "--save-every", "3"]
@@ -106,6 +145,8 @@ def test_killed_at_any_moment_it_resumes(tmp_path: Path, text: Path) -> None:
         wait_for_log(killed / "log.csv", rows)
         process.kill()
         process.wait()
+        saved = read_tensors(killed / run_folder.STATE)[1]
+        assert int(saved["step"]) >= rows - 4  # the saves in between were made
     resumed = minidsv3(*common, "--out", killed, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     a, b = weights(whole), weights(killed)

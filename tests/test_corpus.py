@@ -216,6 +216,18 @@ def test_a_shared_licence_makes_no_family() -> None:
     assert len(module._families(texts)) == 40
 
 
+def test_half_the_lines_make_a_family_and_short_lines_do_not_count() -> None:
+    lines = story(0, lines=60).splitlines(keepends=True)
+    common = "".join(f"x{i} = {i}\n" for i in range(99))
+    half = {"a": "".join(lines[:40]), "b": "".join(lines[20:])}
+    less = {"a": "".join(lines[:39]), "b": common + "".join(lines[20:59])}
+    for texts, count in ((half, 1), (less, 2)):
+        found = module._families({name: text.encode() for name, text in texts.items()})
+        assert len(found) == count
+    texts = {str(i): (common + story(i)).encode() for i in range(5)}
+    assert len(module._families(texts)) == 5
+
+
 @pytest.mark.parametrize("count", range(2, 9))
 def test_with_few_files_each_side_gets_one(tmp_path, count) -> None:
     texts = {f"{i}.txt": story(i) for i in range(count)}
@@ -224,6 +236,8 @@ def test_with_few_files_each_side_gets_one(tmp_path, count) -> None:
         corpus = load_corpus(folder, held_out=share)
         assert corpus.files_train
         assert corpus.files_held_out
+    assert len(load_corpus(folder, held_out=0.001).files_held_out) == 1
+    assert len(load_corpus(folder, held_out=0.999).files_train) == 1
 
 
 def test_hidden_and_empty_files_are_passed_over_and_binary_ones_named(tmp_path) -> None:
@@ -255,9 +269,9 @@ def test_a_single_file_holds_out_its_end(tmp_path) -> None:
 
 def test_a_file_without_line_ends_is_not_cut_inside_a_character(tmp_path) -> None:
     file = tmp_path / "one_line.txt"
-    for padding in range(4):
-        file.write_text("x" * padding + "𝛼" * 50, encoding="utf-8")
-        corpus = load_corpus(file, held_out=0.3)
+    for share in (0.3, 0.305, 0.31, 0.315, 0.32):  # at each byte of a character
+        file.write_text("𝛼" * 50, encoding="utf-8")
+        corpus = load_corpus(file, held_out=share)
         for [text] in (documents(corpus.train), documents(corpus.held_out)):
             text.decode("utf-8")  # would raise
 
@@ -366,6 +380,7 @@ def test_text_survives_the_ids(text) -> None:
 
 
 def test_broken_characters_show_as_such() -> None:
+    assert decode([0]) == "\0"
     assert decode([0x61, 0xC3]) == "a\N{REPLACEMENT CHARACTER}"
     assert decode(np.array([], np.int64)) == ""
     assert decode([]) == ""

@@ -104,6 +104,12 @@ def test_law_of_the_next_token() -> None:
     np.testing.assert_allclose(sharp, np.exp(2 * logits) / np.exp(2 * logits).sum())
 
 
+def test_the_law_is_float64_whatever_the_logits_are() -> None:
+    law = next_token_law(np.zeros((1, 3), np.float32), 1.0)
+    assert law.dtype == np.float64
+    assert law[0, 0] == 1 / 3  # float32 would have stopped at eight digits
+
+
 def test_ties_of_greedy_go_to_the_first() -> None:
     law = next_token_law(np.array([[1.0, 2.0, 2.0]]), 0.0)
     np.testing.assert_array_equal(law, [[0, 1, 0]])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minidsv3 import checkpoints, parameters
-from minidsv3.config import MINI, PLAIN, TINY, V3, Config, TrainConfig
+from minidsv3.config import MINI, PLAIN, TINY, V3, Config, TrainConfig, Yarn
 from minidsv3.model import numpy_ref as model
 from tests.oracles import AUTOGRAD, central_differences, relative_error
 
@@ -26,6 +26,14 @@ SMALL = dataclasses.replace(
     max_position_embeddings=16,
 )
 RECIPE = TrainConfig()
+STRETCH = Yarn(
+    factor=8,
+    original_max_position_embeddings=8,
+    beta_fast=2,
+    beta_slow=0.5,
+    mscale=0.7,
+    mscale_all_dim=0.7,
+)
 
 
 def fresh(config: Config = SMALL, seed: int = 0) -> dict[str, np.ndarray]:
@@ -45,11 +53,31 @@ def ids(B: int = 2, T: int = 5, seed: int = 0, config: Config = SMALL) -> np.nda
 # --- forward and backward against torch ---------------------------------------------
 
 
+def rotary(config: Config) -> tuple[torch.Tensor, float]:
+    """Angles and softmax scale; YaRN as a loop over the pairs (facts A.4)."""
+    d, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    theta = [base ** (-2 * j / d) for j in range(d // 2)]
+    if yarn is None:
+        return torch.tensor(theta, dtype=torch.float64), d**-0.5
+
+    def corr(n: float) -> float:
+        context = yarn.original_max_position_embeddings
+        return d * math.log(context / (2 * math.pi * n)) / (2 * math.log(base))
+
+    low = max(math.floor(corr(yarn.beta_fast)), 0)
+    high = min(math.ceil(corr(yarn.beta_slow)), d - 1)
+    for j in range(d // 2):
+        ramp = min(max((j - low) / (high - low), 0), 1)
+        theta[j] *= 1 - ramp + ramp / yarn.factor
+    m = 0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1
+    return torch.tensor(theta, dtype=torch.float64), m * m * d**-0.5
+
+
 def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
     """The plain transformer in torch's own operations; RoPE as a matrix per pair."""
     B, T = tokens.shape
-    d, eps = config.qk_rope_head_dim, config.rms_norm_eps
-    theta = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    eps = config.rms_norm_eps
+    theta, scale = rotary(config)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * theta
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
     turn = turn.unflatten(-1, (2, 2)).to(p["lm_head.weight"].dtype)
@@ -72,7 +100,9 @@ def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
         n_kv = config.num_key_value_heads
         k = rotate(heads(u @ w["self_attn.k_proj.weight"].T, n_kv))
         v = heads(u @ w["self_attn.v_proj.weight"].T, n_kv)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=scale
+        )
         x = x + o.transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
         u = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], eps)
         gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
@@ -276,10 +306,22 @@ def test_parameters_of_another_model_are_refused() -> None:
         model.forward(params, SMALL, ids())
 
 
-@pytest.mark.parametrize("field", ["kv_lora_rank", "n_routed_experts"])
-def test_mechanisms_that_are_not_built_are_refused(field: str) -> None:
+@pytest.mark.parametrize(
+    "off",
+    [
+        {},
+        {"num_nextn_predict_layers": 0},
+        {"kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0},
+    ],
+)
+def test_mechanisms_that_are_not_built_are_refused(off: dict) -> None:
     with pytest.raises(NotImplementedError, match="plain transformer only"):
-        model.forward({}, TINY, ids())
+        model.forward({}, dataclasses.replace(TINY, **off), ids())
+
+
+def test_a_prediction_module_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="num_nextn_predict_layers=1"):
+        model.check_supported(dataclasses.replace(SMALL, num_nextn_predict_layers=1))
 
 
 # --- parameters ---------------------------------------------------------------------
@@ -400,3 +442,73 @@ def test_broken_files_are_refused_by_name(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(checkpoints.CheckpointError, match="cut short"):
         checkpoints.load(tmp_path)
+
+
+# --- every field of the config matters ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": 0.5},
+        {"rope_theta": 50.0},
+        {"rope_scaling": STRETCH},
+        {  # the base decides which pairs YaRN blends
+            "qk_rope_head_dim": 12,
+            "rope_theta": 20.0,
+            "max_position_embeddings": 512,
+            "rope_scaling": dataclasses.replace(
+                STRETCH, original_max_position_embeddings=64, beta_fast=4, beta_slow=1
+            ),
+        },
+    ],
+)
+def test_the_config_reaches_the_logits(change: dict) -> None:
+    """Against the torch model, which reads the same field by its own arithmetic."""
+    config = dataclasses.replace(SMALL, **change)
+    params, tokens = fresh(config), ids(2, 6)
+    ours, _ = model.forward(params, config, tokens)
+    p = {k: torch.tensor(a) for k, a in params.items()}
+    theirs = torch_model(p, config, torch.tensor(tokens)).numpy()
+    assert relative_error(ours, theirs) <= 1e-12
+    plain = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "rope_scaling": None}
+    without, _ = model.forward(params, dataclasses.replace(config, **plain), tokens)
+    assert relative_error(without, theirs) > 1e-3
+
+
+def test_a_model_can_be_loaded_in_float64(tmp_path) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(SMALL, 0, 0.1), SMALL)
+    params, _ = checkpoints.load(tmp_path, np.float64)
+    assert {p.dtype for p in params.values()} == {np.dtype(np.float64)}
+
+
+def test_files_and_config_must_belong_together(tmp_path) -> None:
+    wider = dataclasses.replace(SMALL, intermediate_size=9)
+    with pytest.raises(parameters.ParameterError, match=r"asks for \(9, 6\)"):
+        checkpoints.save(tmp_path, parameters.initialise(SMALL, 0, 0.1), wider)
+    assert not list(tmp_path.iterdir())
+    checkpoints.save(tmp_path, parameters.initialise(SMALL, 0, 0.1), SMALL)
+    wider.to_json(tmp_path)
+    with pytest.raises(parameters.ParameterError, match=r"asks for \(9, 6\)"):
+        checkpoints.load(tmp_path)
+
+
+def test_experts_are_not_written_yet(tmp_path) -> None:
+    with pytest.raises(NotImplementedError, match="without experts"):
+        checkpoints.save(tmp_path, parameters.initialise(TINY, 0, 0.1), TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    """The writer fails half-way; what was there is still there, whole."""
+    checkpoints.save(tmp_path, parameters.initialise(SMALL, 0, 0.1), SMALL)
+    before = (tmp_path / checkpoints.WEIGHTS).read_bytes()
+
+    def half(tensors: dict, path, metadata: dict) -> None:
+        path.write_bytes(before[:100])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoints, "save_file", half)
+    with pytest.raises(OSError, match="disk is full"):
+        checkpoints.save(tmp_path, parameters.initialise(SMALL, 1, 0.1), SMALL)
+    assert (tmp_path / checkpoints.WEIGHTS).read_bytes() == before

@@ -226,6 +226,13 @@ def test_cross_entropy_of_huge_float32_logits() -> None:
     assert loss == 0.0 and dz.dtype == np.float32 and np.isfinite(dz).all()
 
 
+def test_the_mean_loss_does_not_round_along_the_way() -> None:
+    n = 30_001
+    targets = np.zeros(n, int)
+    loss, _ = ref.cross_entropy_forward(np.zeros((n, 2), np.float32), targets)
+    assert loss == float(np.log(np.float32(2)))
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [([0, 3], "target id 3"), ([-1, 0], "target id -1"), ([0], "2 rows.*1 targets")],

@@ -77,6 +77,9 @@ RIGHT = [
     "with np.errstate():\n    return x  # (B, T, D)",
     "try:\n    y = x.reshape(7)  # (7)\nexcept ValueError:\n    return x  # (B, T, D)",
     "config = PLAIN\ny = np.zeros((3, 128, 4, 32))  # (N, D, N_h, d_R)",
+    "config = PLAIN\ny = x[0]  # (K, d)",  # no experts: K is free
+    "B = True\ny = x  # (B, T, D)",
+    "y = x[0]  # (P//2, D)\nz = np.zeros(7)  # (P)",  # 6 or 7: not settled yet
     "y = np.zeros((0, 8))  # (N, D)",
 ]
 WRONG = [

@@ -7,13 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidsv3 import parameters
 from minidsv3.checkpoints import CheckpointError
 from minidsv3.config import PLAIN, TrainConfig
+from minidsv3.corpus import batch
 from minidsv3.model.numpy_ref import forward
 from minidsv3.training import numpy_ref as training
 from minidsv3.training import run_folder
+from tests.test_model import torch_model
 
 SMALL = dataclasses.replace(
     PLAIN,
@@ -124,6 +127,40 @@ def test_training_learns_and_reports() -> None:
     assert records[-1].losses["main"] < records[0].losses["main"] - 2
     assert all(r.grad_norm > 0 and r.seconds > 0 for r in records)
     assert records[2].learning_rate == RECIPE.learning_rate
+
+
+def test_training_agrees_with_torch_step_by_step() -> None:
+    """Five steps against torch's model, autograd, clipping and AdamW, in float64."""
+    recipe = dataclasses.replace(RECIPE, steps=5, clip_norm=0.3, seed=3)
+    params = parameters.initialise(SMALL, 0, 0.3, np.float64)
+    tensors = {k: torch.nn.Parameter(torch.tensor(p)) for k, p in params.items()}
+    groups = [
+        {
+            "params": [t for k, t in tensors.items() if training.decays(k) == decays],
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    peer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    state = training.new_state(params)
+    for record in training.train(state, SMALL, recipe, TEXT):
+        ids = torch.tensor(batch(TEXT, 2, 16, 3, record.step - 1))
+        logits = torch_model(tensors, SMALL, ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        peer.zero_grad()
+        loss.backward()
+        norm = torch.stack([t.grad.norm() for t in tensors.values()]).norm()
+        for t in tensors.values():
+            t.grad *= 0.3 / norm
+        assert record.losses["main"] == pytest.approx(loss.item(), rel=1e-9)
+        assert record.grad_norm == pytest.approx(norm.item(), rel=1e-9) and norm > 0.3
+        for group in peer.param_groups:
+            group["lr"] = record.learning_rate
+        peer.step()
+    for k, tensor in tensors.items():
+        np.testing.assert_allclose(
+            state.params[k], tensor.detach(), rtol=1e-8, atol=1e-10
+        )
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
