@@ -53,6 +53,7 @@ book: $(STAMPS)/book ## Build the book, running its code
 
 open: $(STAMPS)/book ## Open the book in the browser
 	@[ -f $(HTML)/index.html ] || $(MAKE) --no-print-directory book
+	@echo "-- Opening file://$(CURDIR)/$(HTML)/index.html"
 	@$(RUN) webbrowser "file://$(CURDIR)/$(HTML)/index.html"
 
 test: lint ## Run every test that needs no GPU
