@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -33,13 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nminidsv3 {options.command}: interrupted", file=sys.stderr)
+        return 1
     except (
         checkpoints.CheckpointError,
         config.ConfigError,
         corpus.CorpusError,
         parameters.ParameterError,
         BadOption,
+        FloatingPointError,
+        MemoryError,
         NotImplementedError,
+        OSError,
     ) as error:
         print(f"minidsv3 {options.command}: {error}", file=sys.stderr)
         return 2
@@ -57,12 +67,14 @@ def _train(options: argparse.Namespace) -> int:
     model, recipe = _configs(options)
     check_supported(model)
     out = Path(options.out)
-    if run_folder.is_run(out) and not options.resume:
+    if out.exists() and not out.is_dir():
+        raise BadOption(f"--out {out}: is a file, name a folder")
+    if run_folder.is_used(out) and not options.resume:
         raise BadOption(
-            f"{out} holds a run already; add --resume to continue it, or name another "
-            "folder"
+            f"{out} holds a run already, or a model; add --resume to continue a run, "
+            "or name another folder"
         )
-    text = corpus.load_corpus(options.text)
+    text = _text(options)
     needed = recipe.sequence_length + 1
     if len(text.train) < needed:
         raise BadOption(
@@ -89,6 +101,17 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _text(options: argparse.Namespace) -> corpus.Corpus:
+    """The text of --text; says which files were passed over."""
+    if options.text == "":
+        raise BadOption("--text is empty: name a text file or a folder")
+    text = corpus.load_corpus(options.text)
+    if text.files_skipped:
+        some = ", ".join(text.files_skipped[:3])
+        print(f"{len(text.files_skipped)} files are no UTF-8 text: {some} …")
+    return text
+
+
 def _training_loop(
     state: Any, model: Any, recipe: Any, text: Any, out: Path, save_every: int
 ) -> bool:
@@ -109,12 +132,12 @@ def _training_loop(
             bits = record.losses["main"] / math.log(2)
             progress.set_postfix_str(f"{bits:.3f} bits per byte")
             progress.update()
-            if record.step % save_every == 0 or asked.stop:
-                save()
             if asked.stop:
                 break
+            if record.step % save_every == 0 and record.step < recipe.steps:
+                save()
     save()
-    return state.step >= recipe.steps
+    return not asked.stop
 
 
 @contextmanager
@@ -144,16 +167,24 @@ def _generate(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise BadOption(str(error)) from error
     params, model = checkpoints.load(options.model)
+    longest = model.max_position_embeddings
     prompt = np.array([corpus.BOUNDARY])  # without a prompt, begin a document
     if options.prompt:
-        prompt = corpus.encode(options.prompt).astype(np.int64)
-    room = model.max_position_embeddings - len(prompt)
-    if options.max_new_tokens > room or options.max_new_tokens < 1:
+        try:
+            prompt = corpus.encode(options.prompt).astype(np.int64)
+        except UnicodeEncodeError as error:
+            raise BadOption(f"--prompt is not UTF-8 text: {error}") from error
+    if len(prompt) > longest:
+        raise BadOption(
+            f"--prompt has {len(prompt)} bytes, this model reads at most {longest}"
+        )
+    room = longest - len(prompt) + 1  # the last token is not read again
+    if not 1 <= options.max_new_tokens <= room:
         raise BadOption(
             f"--max-new-tokens {options.max_new_tokens}: with a prompt of "
             f"{len(prompt)} tokens this model has room for 1 to {room}"
         )
-    print(options.prompt, end="", flush=True)
+    _write(prompt)
     new = stream(
         params,
         model,
@@ -164,51 +195,78 @@ def _generate(options: argparse.Namespace) -> int:
         options.seed,
     )
     for ids in new:
-        # raw bytes: a character may be spread over several of them
-        sys.stdout.buffer.write(bytes(i for i in ids.tolist() if i < corpus.BOUNDARY))
-        sys.stdout.buffer.flush()
+        _write(ids)
     print()
     return 0
 
 
+def _write(ids: np.ndarray) -> None:
+    """Print ids as raw bytes: a character may be spread over several of them."""
+    sys.stdout.buffer.write(bytes(i for i in ids.tolist() if i < corpus.BOUNDARY))
+    sys.stdout.buffer.flush()
+
+
 def _evaluate(options: argparse.Namespace) -> int:
+    from minidsv3.training import run_folder
     from minidsv3.training.numpy_ref import evaluate
 
     params, model = checkpoints.load(options.model)
-    text = corpus.load_corpus(options.text)
-    length = options.sequence_length or model.max_position_embeddings
-    if not 1 <= length <= model.max_position_embeddings:
+    trained_length, trained_text = run_folder.identity(Path(options.model))
+    length = options.sequence_length or trained_length or model.max_position_embeddings
+    if length > model.max_position_embeddings:
         raise BadOption(
             f"--sequence-length {length}: must be 1 to {model.max_position_embeddings}"
         )
-    bits = evaluate(params, model, text.held_out, length)
-    print(f"{bits:.4f} bits per byte on {len(text.held_out):,} held-out tokens")
+    text = _text(options)
+    tokens, which = text.held_out, "held-out tokens"
+    if trained_text not in (None, text.sha256):  # none of it was trained on
+        tokens, which = np.append(text.train[:-1], text.held_out), "tokens, all new"
+    bits = evaluate(params, model, tokens, length)
+    print(f"{bits:.4f} bits per byte on {len(tokens):,} {which}, windows of {length}")
     return 0
 
 
 def _configs(options: argparse.Namespace) -> tuple[config.Config, config.TrainConfig]:
     """The preset and the default recipe with the options' changes, validated."""
     model, recipe = PRESETS[options.preset], config.TrainConfig()
+    sizes: dict[str, Any] = {}
     changes = {
         k: getattr(options, k) for k in RECIPE if getattr(options, k) is not None
     }
-    recipe = replace(recipe, **changes)
     for assignment in options.set:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise BadOption(f"--set {assignment}: write FIELD=VALUE")
         if name in _field_names(model):
-            model = replace(model, **{name: _literal(value)})
+            sizes[name] = _literal(value)
         elif name in _field_names(recipe):
-            recipe = replace(recipe, **{name: _literal(value)})
+            changes[name] = _literal(value)
         else:
             raise BadOption(f"--set {name}: neither Config nor TrainConfig has it")
+    # all at once: two changes may be possible only together
+    model = replace(model, **sizes)
+    recipe = replace(recipe, **_fitting(recipe, changes), **changes)
+    if model.vocab_size < corpus.VOCAB_SIZE:
+        raise BadOption(
+            f"vocab_size = {model.vocab_size}: text needs {corpus.VOCAB_SIZE}, a row "
+            "for each byte and one for the boundary"
+        )
     if recipe.sequence_length > model.max_position_embeddings:
         raise BadOption(
             f"--sequence-length {recipe.sequence_length} is beyond the model's "
             f"max_position_embeddings {model.max_position_embeddings}"
         )
     return model, recipe
+
+
+def _fitting(recipe: config.TrainConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that a short run or a low rate would contradict, made to fit."""
+    limits = {"warmup_steps": "steps", "min_learning_rate": "learning_rate"}
+    return {
+        name: min(getattr(recipe, name), changes[limit])
+        for name, limit in limits.items()
+        if name not in changes and isinstance(changes.get(limit), int | float)
+    }
 
 
 def _field_names(instance: Any) -> set[str]:
@@ -261,13 +319,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, help="the same seed, the same text")
+    generate.add_argument(
+        "--seed", type=_whole, metavar="N", help="the same seed, the same text"
+    )
 
     evaluate = commands.add_parser("evaluate", help="bits per byte on held-out text")
     evaluate.set_defaults(run=_evaluate)
     _model_option(evaluate)
     _text_option(evaluate)
-    evaluate.add_argument("--sequence-length", type=int, metavar="N")
+    evaluate.add_argument(
+        "--sequence-length", type=_positive, metavar="N",
+        help="bytes of a window (default: as the model was trained)",
+    )  # fmt: skip
     return parser
 
 
@@ -282,9 +345,15 @@ def _model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder that training wrote")
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if _whole(text) == 0:
+        raise argparse.ArgumentTypeError("0 is not a positive whole number")
     return int(text)
 
 

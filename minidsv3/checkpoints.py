@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401, it teaches NumPy the name of bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -70,7 +71,10 @@ def write_tensors(
     """Write a safetensors file atomically: beside its place, synced, then renamed."""
     beside = path.with_name(path.name + ".part")
     whole = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
-    save_file(whole, beside, dict(metadata))
+    try:
+        save_file(whole, beside, dict(metadata))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)

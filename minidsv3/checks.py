@@ -51,6 +51,10 @@ def _real(field: str, value: object, above: float | None) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         refuse(field, value, f"a number, {allowed}")
     in_range = value >= 0 if above is None else value > above
-    if not (in_range and math.isfinite(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not (in_range and math.isfinite(number)):
         refuse(field, value, f"finite and {allowed}")
-    return float(value)
+    return number

@@ -37,7 +37,7 @@ def read(path: str | Path) -> Config:
         words = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8 or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # or nested too deep
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     try:
         return from_words(words)

@@ -205,7 +205,8 @@ def _split_one(documents: dict[str, bytes], held_out: float) -> tuple[dict, dict
     [(name, content)] = documents.items()
     cut = max(1, round(len(content) * (1 - held_out)))
     line_start = content.rfind(b"\n", 0, cut) + 1
-    cut = line_start or cut  # a text without line ends is cut where it must be
+    if line_start * 2 > cut:  # else the line is so long that it must be cut
+        cut = line_start
     while cut < len(content) and content[cut] & 0xC0 == 0x80:
         cut += 1  # not inside a character
     head, tail = content[:cut], content[cut:]

@@ -110,7 +110,7 @@ def _mtp(config: Config) -> Shapes:
         "enorm.weight": (D,),
         "hnorm.weight": (D,),
         "eh_proj.weight": (D, 2 * D),
-        **_block(config, sparse=config.n_routed_experts is not None),
+        **_block(config, sparse=config.uses_moe),
         "shared_head.norm.weight": (D,),
     }
 

@@ -36,7 +36,8 @@ def unigram(train: Array, held_out: Array) -> float:
 def bigram(train: Array, held_out: Array) -> float:
     """Each id as often as it followed the one before it in the training text.
 
-    Pairs that never occurred share one count, by how frequent the second id is.
+    To each row of pairs one count is added, shared out by how frequent each id is, so
+    that a pair which never occurred is not impossible.
     """
     pairs = np.zeros((VOCAB_SIZE, VOCAB_SIZE))
     np.add.at(pairs, (train[:-1], train[1:]), 1)

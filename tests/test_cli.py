@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,7 @@ def test_train_evaluate_generate(tmp_path: Path, text: Path) -> None:
     assert "bits per byte" in done.stdout and "8/8" in done.stderr
     assert len((out / "log.csv").read_text().splitlines()) == 9
 
-    judged = minidsv3("evaluate", "--model", out, "--text", text,
-                      "--sequence-length", "16")  # fmt: skip
+    judged = minidsv3("evaluate", "--model", out, "--text", text)
     assert judged.returncode == 0, judged.stderr
     said = done.stdout.split("held-out text: ")[1].split()[0]
     assert judged.stdout.split()[0] == said
@@ -173,6 +173,9 @@ def wait_for_log(log: Path, rows: int) -> None:
         (["--sequence-length", "999"], "max_position_embeddings 512"),
         (["--steps", "0"], "steps"),
         (["--resume"], "no run to resume"),
+        (["--set", "vocab_size=100"], "vocab_size = 100: text needs 257"),
+        (["--text", ""], "--text is empty"),
+        (["--set", "hidden_size=10000000000000"], "allocate"),
     ],
 )
 def test_bad_options_are_explained_without_a_traceback(
@@ -198,7 +201,9 @@ def test_too_little_text(tmp_path: Path, capsys) -> None:
     [
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--top-p", "0"], "top_p is 0"),
-        (["--max-new-tokens", "600"], "room for 1 to"),
+        (["--max-new-tokens", "600"], "room for 1 to 512"),
+        (["--prompt", "x" * 513], "513 bytes, this model reads at most 512"),
+        (["--prompt", "\udcff"], "not UTF-8"),
         (["--model", "nowhere"], "nowhere holds no model.safetensors"),
     ],
 )
@@ -224,3 +229,62 @@ def test_without_a_prompt_it_begins_a_document(
 def test_help_lists_the_commands() -> None:
     said = minidsv3("--help", env=os.environ | {"COLUMNS": "80"}).stdout
     assert all(command in said for command in ("train", "generate", "evaluate"))
+
+
+def test_a_diverged_run_keeps_its_last_good_state(
+    tmp_path: Path, text: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    wild = ["--learning-rate", "1e30", "--steps", "50", "--save-every", "1"]
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*TRAIN, "--text", str(text), "--out", str(out), *wild]) == 2
+    said = capsys.readouterr().err
+    assert "not finite" in said or "NaN or infinity" in said
+    tensors, _ = read_tensors(out / run_folder.STATE)
+    assert all(np.isfinite(a).all() for a in tensors.values())
+
+
+def test_changes_that_are_possible_only_together(tmp_path: Path, text: Path) -> None:
+    heads = ["--set", "num_attention_heads=3", "--set", "num_key_value_heads=3"]
+    given = [*TRAIN, "--text", str(text), "--out", str(tmp_path / "run"), *heads]
+    assert main([*given, "--steps", "1", "--warmup-steps", "1"]) == 0
+    assert checkpoints.load(tmp_path / "run")[1].num_attention_heads == 3
+
+
+def test_a_short_run_shortens_its_warm_up(tmp_path: Path, text: Path) -> None:
+    given = ["train", *SETTINGS, "--text", str(text), "--out", str(tmp_path / "run")]
+    low = ["--steps", "3", "--learning-rate", "1e-5", "--sequence-length", "8"]
+    assert main([*given, *low]) == 0
+
+
+def test_new_text_is_judged_whole(tmp_path: Path, text: Path, capsys) -> None:
+    out, other = str(tmp_path / "run"), tmp_path / "other.txt"
+    assert main([*TRAIN, "--text", str(text), "--out", out, "--steps", "2"]) == 0
+    other.write_text("a new line\n" * 50)
+    capsys.readouterr()
+    assert main(["evaluate", "--model", out, "--text", str(other)]) == 0
+    assert "on 553 tokens, all new, windows of 16" in capsys.readouterr().out
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path, text: Path, capsys) -> None:
+    out = tmp_path / "run"
+    given = [*TRAIN, "--text", str(text), "--out", str(out), "--steps", "2"]
+    assert main(given) == 0
+    (out / run_folder.STATE).unlink()
+    assert main(given) == 2
+    assert "holds a run already, or a model" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main([*given[:-3], str(file), *given[-2:]]) == 2
+    assert "is a file, name a folder" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    assert main([*TRAIN, "--text", str(text), "--out", str(out), "--steps", "2"]) == 0
+    command = f"{sys.executable} -m minidsv3 generate --model {out} | head -c 5"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr

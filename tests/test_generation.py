@@ -110,6 +110,11 @@ def test_the_law_is_float64_whatever_the_logits_are() -> None:
     assert law[0, 0] == 1 / 3  # float32 would have stopped at eight digits
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    law = next_token_law(np.array([[1.0, 3.0, 2.0]]), 1e-310)
+    np.testing.assert_array_equal(law, [[0, 1, 0]])
+
+
 def test_ties_of_greedy_go_to_the_first() -> None:
     law = next_token_law(np.array([[1.0, 2.0, 2.0]]), 0.0)
     np.testing.assert_array_equal(law, [[0, 1, 0]])
@@ -124,6 +129,10 @@ def test_a_draw_never_falls_outside_the_law() -> None:
 
         def random(self, shape: tuple) -> np.ndarray:
             return np.full(shape, self.value)
+
+    # ten tenths sum to less than one from the left, and to one in pairs
+    tenths = np.array([[0.1] * 10 + [0.0] * 3])
+    assert draw(tenths, Edge(1 - 2**-53))[0] == 9
 
     law = np.array([[0.0, 0.3, 0.7, 0.0], [0.0, 0.0, 1.0, 0.0]])
     np.testing.assert_array_equal(draw(law, Edge(0.0)), [1, 2])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_an_untrained_model_knows_nothing() -> None:
         ([[0, 11]], "token id 11 is outside the vocabulary 0…10"),
         ([[-1, 0]], "token id -1 is outside"),
         ([0, 1], r"shape \(batch, time\).*\(2,\)"),
-        ([[]], "none of them 0"),
+        ([[]], "neither axis empty"),
         ([[0.5]], "must be integers.*float64"),
         ([[0] * 17], "17 positions asked for, but max_position_embeddings is 16"),
     ],
@@ -311,7 +312,12 @@ def test_parameters_of_another_model_are_refused() -> None:
     [
         {},
         {"num_nextn_predict_layers": 0},
-        {"kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0},
+        {
+            "kv_lora_rank": None,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 0,
+            "num_nextn_predict_layers": 0,
+        },
     ],
 )
 def test_mechanisms_that_are_not_built_are_refused(off: dict) -> None:
@@ -423,7 +429,7 @@ def test_a_transposed_view_is_saved_as_it_reads(tmp_path) -> None:
     np.testing.assert_array_equal(again["lm_head.weight"], params["lm_head.weight"])
 
 
-def test_a_broken_save_leaves_the_old_file(tmp_path) -> None:
+def test_parameters_with_nan_are_not_saved(tmp_path) -> None:
     params = parameters.initialise(SMALL, 0, 0.1)
     checkpoints.save(tmp_path, params, SMALL)
     before = (tmp_path / checkpoints.WEIGHTS).read_bytes()
@@ -512,3 +518,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch) -> None
     with pytest.raises(OSError, match="disk is full"):
         checkpoints.save(tmp_path, parameters.initialise(SMALL, 1, 0.1), SMALL)
     assert (tmp_path / checkpoints.WEIGHTS).read_bytes() == before
+
+
+def test_bfloat16_files_can_be_read(tmp_path) -> None:
+    params = parameters.initialise(SMALL, 0, 0.1)
+    halves = {k: p.astype(ml_dtypes.bfloat16) for k, p in params.items()}
+    SMALL.to_json(tmp_path)
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, halves, {})
+    again, _ = checkpoints.load(tmp_path)
+    for name, p in params.items():
+        assert again[name].dtype == np.float32
+        np.testing.assert_allclose(again[name], p, rtol=2**-8)
+
+
+def test_each_layer_needs_a_cache() -> None:
+    with pytest.raises(ValueError, match="1 caches for 2 layers"):
+        model.forward(fresh(), SMALL, ids(), model.new_caches(SMALL, 8)[:1])

@@ -139,6 +139,17 @@ def test_rope_keeps_float32_and_is_exact_far_out() -> None:
     np.testing.assert_allclose(y.ravel(), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("x", "rotation"),
+    [("float32", "float64"), ("float64", "float32"), ("float16", "float32"),
+     ("int64", "float64")],
+)  # fmt: skip
+def test_rope_refuses_precisions_that_do_not_match(x: str, rotation: str) -> None:
+    turn = ref.rope_rotation(np.arange(3), np.ones(2), np.dtype(rotation))
+    with pytest.raises(ValueError, match=f"x is {x} and rotation complex"):
+        ref.rope_forward(np.ones((1, 3, 1, 4), x), turn)
+
+
 def test_rope_refuses_positions_that_do_not_match() -> None:
     rotation = ref.rope_rotation(np.arange(3), np.ones(2), np.float64)
     with pytest.raises(ValueError, match="one position per row"):
@@ -348,7 +359,9 @@ def test_attention_with_enormous_scores_stays_finite(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("q", "k", "message"),
     [((1, 3, 2, 2), (1, 2, 2, 2), "3 queries over 2 keys"),
-     ((1, 2, 3, 2), (1, 2, 2, 2), "3 query heads over 2")],
+     ((1, 2, 3, 2), (1, 2, 2, 2), "3 query heads over 2"),
+     ((2, 2, 2, 2), (1, 2, 2, 2), "must agree"),
+     ((1, 2, 2, 3), (1, 2, 2, 2), "must agree")],
 )  # fmt: skip
 def test_attention_refuses(q: tuple, k: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):

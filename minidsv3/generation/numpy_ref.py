@@ -24,7 +24,10 @@ def next_token_law(logits: Array, temperature: float, top_p: float = 1.0) -> Arr
         raise ValueError("next_token_law: the logits hold NaN or infinity")
     if temperature == 0:
         return np.eye(logits.shape[-1])[logits.argmax(axis=-1)]  # (B, V)
-    law = softmax(logits.astype(np.float64) / temperature)  # (B, V)
+    z = logits.astype(np.float64)  # (B, V)
+    z -= z.max(axis=-1, keepdims=True)  # first: a tiny temperature would overflow
+    with np.errstate(over="ignore"):
+        law = softmax(z / temperature)  # (B, V)
     if top_p == 1:
         return law
     order = np.argsort(-law, axis=-1, kind="stable")  # (B, V)
@@ -67,7 +70,7 @@ def stream(
 ) -> Iterator[Array]:
     """Yield the new ids one step at a time, each (B,), as `generate` would give them.
 
-    Arguments are checked at the first step, before anything is computed.
+    A generator: its arguments are checked when the first token is asked for.
     """
     check_sampling(temperature, top_p)
     ids = np.asarray(ids)

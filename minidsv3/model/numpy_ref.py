@@ -84,7 +84,12 @@ def trunk_forward(
 
     With caches, one a layer, ids continue what the caches hold.
     """
-    B, T = ids.shape
+    _, T = ids.shape
+    if caches is not None and len(caches) != config.num_hidden_layers:
+        raise ValueError(
+            f"{len(caches)} caches for {config.num_hidden_layers} layers: give each "
+            "one, as new_caches does"
+        )
     start = caches[0].length if caches else 0
     _check_length(start + T, config)
     x, saved_embed = embedding_forward(ids, params["model.embed_tokens.weight"])
@@ -182,7 +187,7 @@ def _checked_ids(ids: Array) -> Array:
     ids = np.asarray(ids)
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"ids must be integers of shape (batch, time), none of them 0, "
+            f"ids must be integers of shape (batch, time), neither axis empty, "
             f"got {ids.dtype} of shape {ids.shape}"
         )
     return ids

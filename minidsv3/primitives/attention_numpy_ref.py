@@ -74,7 +74,10 @@ class Cache:
 
 
 def _fold(x: Array, N_kv: int) -> Array:
-    """(B, T, N_h, d) -> (B, N_kv, R*T, d): the R heads of a group share one matrix."""
+    """(B, T, N_h, d) -> (B, N_kv, R*T, d), so that R heads share one matrix of keys.
+
+    Their queries become rows of one matrix; a sum over rows is then a sum over heads.
+    """
     B, T, N_h, d = x.shape
     R = N_h // N_kv
     x = x.reshape(B, T, N_kv, R, d)  # (B, T, N_kv, R, d)
@@ -104,10 +107,15 @@ def causal_attention_forward(
     The T queries are the last T of the S positions, so a cached past needs no other
     mask. Shapes: q (B, T, N_h, d_k), k (B, S, N_kv, d_k), v (B, S, N_kv, d_v)
     -> o (B, T, N_h, d_v). d_v may differ from d_k. Raises ValueError if T > S or
-    N_kv does not divide N_h.
+    N_kv does not divide N_h, or if q, k and v do not belong together.
     """
-    B, T, N_h, _ = q.shape
+    B, T, N_h, d_k = q.shape
     S, N_kv = k.shape[1:3]
+    if v.shape[:3] != (B, S, N_kv) or k.shape != (B, S, N_kv, d_k):
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape}; batch, positions and "
+            "heads of k and v must agree, and the width of q and k"
+        )
     if T > S or N_h % N_kv:
         raise ValueError(
             f"attention: {T} queries over {S} keys and {N_h} query heads over {N_kv} "

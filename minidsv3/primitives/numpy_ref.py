@@ -8,7 +8,7 @@ Every pair follows one pattern::
 ``dy`` is the gradient of the loss with respect to ``y`` and has the shape of ``y``;
 ``dx`` has the shape of ``x``. Vectors are rows, so a linear layer is ``x @ W.T`` with
 ``W`` of shape (out, in), as in DeepSeek's checkpoints. Nothing here keeps state, and
-everything runs in the dtype it is given.
+everything runs in the dtype it is given, float32 or float64.
 """
 
 import numpy as np
@@ -102,8 +102,8 @@ def rope_frequencies(config: Config) -> Array:
     r"""Angle per position of each pair, :math:`θ_j = \text{rope\_theta}^{-2j/d_R}`.
 
     With ``rope_scaling`` set, YaRN's: fast pairs keep their frequency, slow pairs are
-    slowed by ``factor``, those between are blended (facts of the released config;
-    DeepSeek-V3 report, §4.3). Returns float64 of shape (d_R/2,), radians per position.
+    slowed by ``factor``, those between are blended (DeepSeek's inference code, and
+    their report's §4.3). Returns float64 of shape (d_R/2,), radians per position.
     """
     d_R, yarn = config.qk_rope_head_dim, config.rope_scaling
     j = np.arange(d_R // 2)
@@ -130,7 +130,7 @@ def softmax_scale(config: Config) -> float:
     applies to the whole score, the part without positions too, as in both released
     codebases.
     """
-    alpha = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    alpha = config.qk_head_dim**-0.5
     yarn = config.rope_scaling
     if yarn is None or yarn.factor <= 1:
         return alpha
@@ -155,7 +155,13 @@ def rope_forward(x: Array, rotation: Array) -> tuple[Array, tuple]:
     Coordinates 2j and 2j+1 are one complex number, multiplied by
     :math:`e^{i\,p\,θ_j}`. Checkpoints whose pairs are (j, j + d_R/2) need their rows
     permuted first. Shapes: x (B, T, H, d_R), rotation (T, d_R/2) or (B, T, d_R/2).
+    Raises ValueError if shapes or precisions do not belong together.
     """
+    if x.dtype.kind != "f" or 2 * x.itemsize != rotation.itemsize:
+        raise ValueError(
+            f"rope: x is {x.dtype} and rotation {rotation.dtype}; needs float32 with "
+            "complex64 or float64 with complex128"
+        )
     if x.shape[-3] != rotation.shape[-2] or x.shape[-1] != 2 * rotation.shape[-1]:
         raise ValueError(
             f"rope: x of shape {x.shape} needs one position per row of axis 1 and "

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from minidsv3.config import Config, TrainConfig
-from minidsv3.corpus import batch
+from minidsv3.corpus import BOUNDARY, batch
 from minidsv3.model.numpy_ref import forward, loss_and_grads
+from minidsv3.parameters import first_not_finite
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
 
 Array = np.ndarray
@@ -51,7 +52,7 @@ def new_state(params: Params) -> TrainState:
 def learning_rate(step: int, train_config: TrainConfig) -> float:
     """Rate of optimiser step 1, 2, …, steps: linear warm-up, then a half cosine.
 
-    The last step runs at ``min_learning_rate`` exactly.
+    The last step runs at ``min_learning_rate`` exactly, unless all are warm-up.
     """
     c = train_config
     if step <= c.warmup_steps:
@@ -66,8 +67,8 @@ def clip_gradients(grads: Params, max_norm: float) -> float:
 
     Returns the norm before. One factor for all keeps the direction.
     """
-    squares = sum(float(np.vdot(g, g)) for g in grads.values())
-    norm = math.sqrt(squares)
+    squares = sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values())
+    norm = math.sqrt(squares)  # in float64: a float32 square overflows beyond 1e19
     if norm > max_norm:
         for g in grads.values():
             g *= max_norm / norm
@@ -119,6 +120,12 @@ def train(
         ids = batch(tokens, c.batch_size, c.sequence_length, c.seed, state.step)
         losses, grads, stats = loss_and_grads(state.params, config, ids, c)
         grad_norm = clip_gradients(grads, c.clip_norm)
+        if not math.isfinite(grad_norm):  # before it reaches the parameters
+            raise FloatingPointError(
+                f"step {state.step + 1}: the gradient of {first_not_finite(grads)} is "
+                "not finite; the state is that of the step before. Resume, or start "
+                "again with a lower learning rate"
+            )
         rate = adamw_step(state, grads, c)
         seconds = time.perf_counter() - began
         yield StepRecord(state.step, losses, rate, grad_norm, seconds, stats)
@@ -131,21 +138,24 @@ def evaluate(
     sequence_length: int,
     batch_size: int = 16,
 ) -> float:
-    """Bits per byte on ``tokens``, every one of them predicted once.
+    """Bits per byte on ``tokens``, each but the first predicted once.
 
-    The text is cut into windows of ``sequence_length`` targets; each window starts
-    without memory, so the first bytes of a window are predicted from little. That costs
-    a few percent and hides nothing. Boundaries are predicted too, and their bits count,
-    but they are not bytes. Raises ValueError for fewer than two tokens.
+    The text is cut into windows of ``sequence_length`` targets. Each window starts
+    without memory, so its first bytes are predicted from little, which costs a few
+    percent. Boundaries are predicted too, and their bits count, but they are not bytes.
+    Raises ValueError for lengths below 1 and for a text without a byte to predict.
     """
-    if len(tokens) < 2:
-        raise ValueError(f"evaluate: {len(tokens)} tokens, needs two at least")
+    n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
+    if n_bytes == 0 or min(sequence_length, batch_size) < 1:
+        raise ValueError(
+            f"evaluate: {len(tokens)} tokens with {n_bytes} bytes to predict, windows "
+            f"of {sequence_length}, {batch_size} at a time: each must be at least 1"
+        )
     nats = 0.0
     for ids in _windows(tokens, sequence_length, batch_size):
         logits, _ = forward(params, config, ids[:, :-1])
         loss, _ = cross_entropy_forward(logits, ids[:, 1:])
         nats += loss * ids[:, 1:].size
-    n_bytes = int(np.count_nonzero(tokens[1:] < 256))
     return nats / math.log(2) / n_bytes
 
 

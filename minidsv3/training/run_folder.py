@@ -16,7 +16,7 @@ from pathlib import Path
 from minidsv3 import checkpoints
 from minidsv3.checkpoints import CheckpointError, read_tensors, write_tensors
 from minidsv3.config import Config, TrainConfig
-from minidsv3.parameters import cut, prefixed
+from minidsv3.parameters import ParameterError, cut, first_not_finite, prefixed
 from minidsv3.training.numpy_ref import StepRecord, TrainState
 
 STATE = "training_state.safetensors"
@@ -24,9 +24,21 @@ LOG = "log.csv"
 COLUMNS = ["step", "loss_nats", "learning_rate", "grad_norm", "seconds"]
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` holds a run that could be resumed."""
-    return (folder / STATE).is_file()
+def is_used(folder: Path) -> bool:
+    """Whether ``folder`` holds a run or a model, which a new run would overwrite."""
+    return any((folder / name).exists() for name in (STATE, LOG, checkpoints.WEIGHTS))
+
+
+def identity(folder: Path) -> tuple[int | None, str | None]:
+    """What a run was trained with: its sequence length, and the hash of its text.
+
+    Both are None where ``folder`` holds a model and no run.
+    """
+    if not (folder / STATE).is_file():
+        return None, None
+    _, metadata = read_tensors(folder / STATE)
+    recipe, text = json.loads(metadata["recipe"]), json.loads(metadata["text"])
+    return recipe["sequence_length"], text
 
 
 def save(
@@ -35,16 +47,19 @@ def save(
     """Write state and model. ``corpus`` is the hash of the text that is trained on.
 
     All that resuming needs is one file, replaced in one step: killed at any moment, the
-    folder holds the old state or the new one, never a mixture.
+    folder holds the old state or the new one, never a mixture. Raises ParameterError
+    for a state that holds NaN or infinity, and leaves what is there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         **prefixed("params/", state.params),
         **prefixed("m/", state.m),
         **prefixed("v/", state.v),
     }
-    identity = _identity(config, tc, corpus)
-    write_tensors(folder / STATE, tensors, {"step": str(state.step), **identity})
+    if culprit := first_not_finite(tensors):
+        raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(state.step), **_identity(config, tc, corpus)}
+    write_tensors(folder / STATE, tensors, metadata)
     checkpoints.save(folder, state.params, config)
 
 
@@ -54,7 +69,7 @@ def resume(folder: Path, config: Config, tc: TrainConfig, corpus: str) -> TrainS
     Raises CheckpointError if there is none, or if the run was started with another
     config, recipe or text (naming the fields): it would not be the same run.
     """
-    if not is_run(folder):
+    if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder} holds no {STATE}: there is no run to resume")
     tensors, metadata = read_tensors(folder / STATE)
     for part, wanted in _identity(config, tc, corpus).items():
@@ -111,11 +126,12 @@ def _forget_rows_after(path: Path, step: int) -> None:
     """Drop log rows of steps that were taken after the last save."""
     if not path.exists():
         return
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [COLUMNS]
-    # a row cut short by a kill has too few columns or no number in front
-    kept = [r for r in rows if len(r) == len(header) and int(r[0]) <= step]
+    with open(path, newline="", errors="replace") as file:
+        rows = list(csv.reader(file))
+    # a row cut short by a kill has too few columns; the header has no number in front
+    whole = (r for r in rows if len(r) == len(COLUMNS) and r[0].isdecimal())
+    kept = [r for r in whole if int(r[0]) <= step]
     beside = path.with_name(path.name + ".part")
     with open(beside, "w", newline="") as file:
-        csv.writer(file).writerows([header, *kept])
+        csv.writer(file).writerows([COLUMNS, *kept])
     os.replace(beside, path)
