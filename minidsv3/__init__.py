@@ -14,6 +14,7 @@ The map, mechanism by implementation. Imports point downwards only::
     config                   one frozen Config in DeepSeek's words
     config_json              its border to config.json
     checks                   what its numbers must be
+    files                    replaced whole or not at all
 
 Multi-token prediction, the mixture of experts and multi-head latent attention get a
 room each; ``parameters`` and ``config`` know their shapes already.

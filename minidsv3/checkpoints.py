@@ -4,7 +4,6 @@ The file is where NumPy, PyTorch and Hugging Face transformers meet. Weights of 
 plain transformer have the same names in memory and in the file.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minidsv3.config import Config
+from minidsv3.files import replacing
 from minidsv3.parameters import ParameterError, check, first_not_finite
 
 WEIGHTS = "model.safetensors"
@@ -40,7 +40,6 @@ def save(folder: str | Path, params: Mapping[str, np.ndarray], config: Config) -
             "are written so far"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config.to_json(folder)
     write_tensors(folder / WEIGHTS, params, {"format": "np"})
 
@@ -68,16 +67,16 @@ def load(
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file atomically: beside its place, synced, then renamed."""
-    beside = path.with_name(path.name + ".part")
+    """Write a safetensors file, whole or not at all.
+
+    Raises CheckpointError, with the path, if there is no room for it.
+    """
     whole = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
     try:
-        save_file(whole, beside, dict(metadata))
+        with replacing(path) as beside:
+            save_file(whole, beside, dict(metadata))
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -7,11 +7,11 @@ transformer says ``"minidsv3"``.
 """
 
 import json
-import os
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from minidsv3.config import Config, ConfigError, Yarn
+from minidsv3.files import replacing
 
 # Keys that are no field of ours and whose other values would change the computation.
 ONLY_MEANINGS = {"attention_dropout": 0.0, "mlp_bias": False, "rope_interleave": True}
@@ -52,14 +52,9 @@ def write(config: Config, path: str | Path) -> Path:
     interruption leaves the old file or the new one, never a half.
     """
     path = _file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = json.dumps(to_words(config), indent=2, sort_keys=True) + "\n"
-    try:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

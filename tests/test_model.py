@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import ml_dtypes
 import numpy as np
@@ -518,6 +519,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch) -> None
     with pytest.raises(OSError, match="disk is full"):
         checkpoints.save(tmp_path, parameters.initialise(SMALL, 1, 0.1), SMALL)
     assert (tmp_path / checkpoints.WEIGHTS).read_bytes() == before
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch) -> None:
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda _: done.append("sync"))
+    replace_file = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *a: (done.append("replace"), replace_file(*a))
+    )
+    checkpoints.save(tmp_path, parameters.initialise(SMALL, 0, 0.1), SMALL)
+    assert done == ["sync", "replace"] * 2
 
 
 def test_bfloat16_files_can_be_read(tmp_path) -> None:

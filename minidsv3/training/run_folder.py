@@ -9,13 +9,13 @@
 
 import csv
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from minidsv3 import checkpoints
 from minidsv3.checkpoints import CheckpointError, read_tensors, write_tensors
 from minidsv3.config import Config, TrainConfig
+from minidsv3.files import replacing
 from minidsv3.parameters import ParameterError, cut, first_not_finite, prefixed
 from minidsv3.training.numpy_ref import StepRecord, TrainState
 
@@ -57,7 +57,6 @@ def save(
     }
     if culprit := first_not_finite(tensors):
         raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(state.step), **_identity(config, tc, corpus)}
     write_tensors(folder / STATE, tensors, metadata)
     checkpoints.save(folder, state.params, config)
@@ -131,7 +130,5 @@ def _forget_rows_after(path: Path, step: int) -> None:
     # a row cut short by a kill has too few columns; the header has no number in front
     whole = (r for r in rows if len(r) == len(COLUMNS) and r[0].isdecimal())
     kept = [r for r in whole if int(r[0]) <= step]
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "w", newline="") as file:
+    with replacing(path) as beside, open(beside, "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *kept])
-    os.replace(beside, path)
