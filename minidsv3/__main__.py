@@ -219,8 +219,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     text = _text(options)
     tokens, which = text.held_out, "held-out tokens"
-    if trained_text not in (None, text.sha256):  # none of it was trained on
-        tokens, which = np.append(text.train[:-1], text.held_out), "tokens, all new"
+    if trained_text not in (None, text.sha256):  # another text: nothing is held out
+        tokens = np.append(text.train[:-1], text.held_out)
+        which = "tokens of another text"
     bits = evaluate(params, model, tokens, length)
     print(f"{bits:.4f} bits per byte on {len(tokens):,} {which}, windows of {length}")
     return 0

@@ -264,7 +264,7 @@ def test_new_text_is_judged_whole(tmp_path: Path, text: Path, capsys) -> None:
     other.write_text("a new line\n" * 50)
     capsys.readouterr()
     assert main(["evaluate", "--model", out, "--text", str(other)]) == 0
-    assert "on 553 tokens, all new, windows of 16" in capsys.readouterr().out
+    assert "on 553 tokens of another text, windows of 16" in capsys.readouterr().out
 
 
 def test_a_model_is_not_overwritten(tmp_path: Path, text: Path, capsys) -> None:

@@ -624,3 +624,14 @@ def test_impossible_training_is_refused(changes, message) -> None:
 def test_training_at_the_edges_is_allowed() -> None:
     TrainConfig(steps=1, warmup_steps=1, batch_size=1, sequence_length=1)
     TrainConfig(min_learning_rate=2e-3, weight_decay=0, beta1=0.0, mtp_weight=0)
+
+
+def test_a_number_beyond_every_float_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rope_theta = 1000.*must be finite"):
+        replace(TINY, rope_theta=10**400)
+
+
+def test_a_file_nested_too_deep_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        Config.from_json(tmp_path)

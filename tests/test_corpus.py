@@ -390,3 +390,10 @@ def test_broken_characters_show_as_such() -> None:
 def test_other_ids_are_refused(wrong) -> None:
     with pytest.raises(CorpusError, match=f"id {wrong} is no byte and no boundary"):
         decode([97, wrong])
+
+
+def test_a_title_and_one_long_line_are_cut_inside_the_line(tmp_path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("A title\n" + "word " * 1000)
+    text = load_corpus(path)
+    assert len(text.train) == pytest.approx(9 * len(text.held_out), rel=0.05)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -542,6 +544,9 @@ def test_bfloat16_files_can_be_read(tmp_path) -> None:
     for name, p in params.items():
         assert again[name].dtype == np.float32
         np.testing.assert_allclose(again[name], p, rtol=2**-8)
+    # and where nobody else has imported ml_dtypes
+    code = "import sys; from minidsv3.checkpoints import load; load(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def test_each_layer_needs_a_cache() -> None:
