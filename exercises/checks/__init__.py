@@ -1,0 +1,1 @@
+"""One module a chapter: cases, hints, wrong and right answers of its exercises."""

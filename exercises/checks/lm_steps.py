@@ -1,0 +1,343 @@
+"""Chapter 1, the last three: SwiGLU backwards, AdamW, and all of it together."""
+
+import numpy as np
+from grader.spec import Case, Check, Wrong
+
+from checks.draws import normal, rng
+
+SWIGLU = Check(
+    "lm.9",
+    returns=("da", "db"),
+    cases=lambda: [
+        Case(
+            "three units",
+            (
+                np.array([1.0, 2.0, -1.0]),
+                np.array([0.0, 2.0, -1.0]),
+                np.array([3.0, -1.0, 0.5]),
+            ),
+        ),
+        Case(
+            "two axes in front",
+            tuple(normal(2, 3, 5, seed=s, scale=2.0) for s in (1, 2, 3)),
+        ),
+        Case(
+            "gates far to either side",
+            (
+                np.array([[1.0, -2.0, 3.0]]),
+                np.array([[-800.0, 800.0, -20.0]]),
+                np.array([[2.0, 1.0, -1.0]]),
+            ),
+        ),
+    ],
+    hints=(
+        "h is a product of silu(a) and b: each factor's gradient is weighed by the "
+        "other factor. And silu(a) is itself a product, a times sigmoid(a).",
+        "With s the sigmoid of a, whose derivative is `s * (1 - s)`, silu has the "
+        "derivative `s + a * s * (1 - s)`. All arrays have the same shape, and "
+        "nothing is summed.",
+        "`da = dh * b * s * (1 + a * (1 - s))` and `db = dh * a * s`.",
+    ),
+    wrong=(
+        Wrong(
+            "half of silu' forgotten",
+            "s * (1 + a * (1 - s))",
+            "s",
+            "silu(a) = a s(a) is a product: besides s there is a s (1 - s). A model "
+            "trains without it, only not as well.",
+        ),
+        Wrong(
+            "the sigmoid's derivative instead of silu's",
+            "s * (1 + a * (1 - s))",
+            "s * (1 - s)",
+            "s (1 - s) is the derivative of the sigmoid; silu is a times the sigmoid.",
+        ),
+        Wrong(
+            "b weighed by a instead of silu(a)",
+            "db = dh * a * s",
+            "db = dh * a",
+            "In h = silu(a) * b the factor beside b is silu(a) = a s, not a.",
+        ),
+        Wrong(
+            "the two gradients exchanged",
+            "return da, db",
+            "return db, da",
+            "da comes first: the gradient of a, which goes through silu.",
+        ),
+        Wrong(
+            "the other factor forgotten",
+            "da = dh * b * s",
+            "da = dh * s",
+            "h is silu(a) times b, so what reaches silu(a) is dh * b.",
+        ),
+    ),
+    right=(
+        "def swiglu_backward(dh, a, b):\n"
+        "    s = np.where(a < 0, np.exp(-abs(a)), 1.0) / (1 + np.exp(-np.abs(a)))\n"
+        "    silu = a * s\n"
+        "    return dh * b * (silu + s * (1 - silu)), dh * silu\n",
+        "def swiglu_backward(dh, a, b):\n"
+        "    s = (1 + np.tanh(a / 2)) / 2\n"
+        "    da = (s + a * s * (1 - s)) * b * dh\n"
+        "    return da.astype(np.float32), (a * s * dh).astype(np.float32)\n",
+    ),
+)
+
+ADAMW = Check(
+    "lm.10",
+    returns=("w", "m", "v"),
+    cases=lambda: [
+        Case(
+            "the first step",
+            (
+                np.array([1.0, -2.0]),
+                np.array([0.5, -0.1]),
+                np.zeros(2),
+                np.zeros(2),
+                1,
+                0.1,
+            ),
+        ),
+        Case(
+            "step 7, with a past",
+            (
+                normal(5, seed=1, scale=3.0),
+                normal(5, seed=2),
+                normal(5, seed=3),
+                normal(5, seed=4) ** 2,
+                7,
+                0.01,
+            ),
+        ),
+        Case(
+            "gradients as small as eps",
+            (
+                normal(4, seed=5),
+                normal(4, seed=6, scale=1e-8),
+                np.zeros(4),
+                np.zeros(4),
+                1,
+                0.5,
+            ),
+        ),
+        Case(
+            "other betas, eps and decay",
+            (
+                normal(3, seed=7),
+                normal(3, seed=8),
+                normal(3, seed=9),
+                normal(3, seed=10) ** 2,
+                3,
+                0.2,
+                0.8,
+                0.7,
+                0.3,
+                0.5,
+            ),
+        ),
+    ],
+    hints=(
+        "A mean that starts at zero has seen only `1 - beta**t` of what it should "
+        "have after t steps. And the decay is about the weight, not about its "
+        "gradient's noise.",
+        "m and v are returned as running means, uncorrected; the corrected copies "
+        "`m_hat` and `v_hat` are used for this step only.",
+        "`w - rate * (m_hat / (np.sqrt(v_hat) + eps) + decay * w)`",
+    ),
+    wrong=(
+        Wrong(
+            "the running means uncorrected",
+            "    m_hat = m / (1 - beta1**t)\n    v_hat = v / (1 - beta2**t)\n",
+            "    m_hat, v_hat = m, v\n",
+            "Both means began at zero; after t steps they hold 1 - beta^t of what "
+            "they should. Divide by that.",
+        ),
+        Wrong(
+            "the decay inside the gradient",
+            "    m = beta1 * m",
+            "    g = g + decay * w\n    decay = 0\n    m = beta1 * m",
+            "That is L2 in Adam: sqrt(v) divides the decay away. The W in AdamW is a "
+            "decay beside the update.",
+        ),
+        Wrong(
+            "eps under the root",
+            "(np.sqrt(v_hat) + eps)",
+            "np.sqrt(v_hat + eps)",
+            "eps is added to the root. Under it, 1e-8 would act like 1e-4.",
+        ),
+        Wrong(
+            "steps counted from 0",
+            "    m_hat = m / (1 - beta1**t)\n    v_hat = v / (1 - beta2**t)\n",
+            "    m_hat = m / (1 - beta1 ** (t + 1))\n"
+            "    v_hat = v / (1 - beta2 ** (t + 1))\n",
+            "t is 1 in the first step, when the means hold 1 - beta of the gradient.",
+        ),
+        Wrong(
+            "the decay without the learning rate",
+            "rate * (m_hat / (np.sqrt(v_hat) + eps) + decay * w)",
+            "rate * m_hat / (np.sqrt(v_hat) + eps) - decay * w",
+            "The learning rate multiplies both: a decay of 0.1 a step would be the "
+            "end of every weight.",
+        ),
+        Wrong(
+            "the corrected means returned",
+            "return w, m, v",
+            "return w, m_hat, v_hat",
+            "Keep the running means as they are; the correction is for this step, "
+            "and would be applied again in the next.",
+        ),
+    ),
+    right=(
+        "def adamw_step(w, g, m, v, t, rate, beta1=.9, beta2=.95, eps=1e-8,\n"
+        "               decay=.1):\n"
+        "    m = m + (1 - beta1) * (g - m)\n"
+        "    v = v + (1 - beta2) * (g ** 2 - v)\n"
+        "    root = np.sqrt(v) / np.sqrt(1 - beta2 ** t) + eps\n"
+        "    step = m / root / (1 - beta1 ** t)\n"
+        "    return (1 - rate * decay) * w - rate * step, m, v\n",
+        "def adamw_step(w, g, m, v, t, rate, *rest, **more):\n"
+        "    names = dict(zip(('beta1', 'beta2', 'eps', 'decay'), rest), **more)\n"
+        "    o = dict(beta1=.9, beta2=.95, eps=1e-8, decay=.1) | names\n"
+        "    m = o['beta1'] * m + (1 - o['beta1']) * g\n"
+        "    v = o['beta2'] * v + (1 - o['beta2']) * np.square(g)\n"
+        "    a, b = m / (1 - o['beta1'] ** t), v / (1 - o['beta2'] ** t)\n"
+        "    w = w - rate * a / (b ** 0.5 + o['eps']) - rate * o['decay'] * w\n"
+        "    return w, m, v\n",
+    ),
+)
+
+NAMES = (
+    "embed", "norm_1", "W_q", "W_k", "W_v", "W_o", "norm_2", "W_gate", "W_up",
+    "W_down", "head",
+)  # fmt: skip
+
+
+def model(
+    B: int, T: int, V: int, D: int, d: int, wide: int, H: int, eps: float, seed: int
+) -> Case:
+    """Parameters and ids of a model of one block."""
+    shapes = [
+        (V, D), (D,), (H * d, D), (d, D), (d, D), (D, H * d), (D,), (wide, D),
+        (wide, D), (D, wide), (V, D),
+    ]  # fmt: skip
+    params = {
+        name: normal(*shape, seed=100 * seed + number, scale=0.7)
+        for number, (name, shape) in enumerate(zip(NAMES, shapes, strict=True))
+    }
+    ids = rng(seed).integers(0, V, (B, T + 1))
+    label = f"{B} sequences of {T}, V={V}, D={D}, {H} heads of {d}, I={wide}"
+    return Case(label, (params, ids, H, eps))
+
+
+def loss_beside_grads(function, params: dict, *rest: object) -> object:
+    """The loss and the gradients in one dictionary: each is compared by its name."""
+    value = function(params, *rest)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+        return {"loss": value[0], **value[1]}
+    return value
+
+
+ASSEMBLED = Check(
+    "lm.11",
+    returns=("loss", *NAMES),
+    call=loss_beside_grads,
+    cases=lambda: [
+        model(B=1, T=3, V=4, D=6, d=4, wide=5, H=2, eps=1e-6, seed=1),
+        model(B=2, T=5, V=7, D=4, d=6, wide=3, H=3, eps=1e-2, seed=2),
+        model(B=3, T=1, V=3, D=8, d=2, wide=9, H=1, eps=1e-6, seed=3),
+    ],
+    hints=(
+        "Read the forward pass from its last line to its first. Each product with a "
+        "W is two lines: `grads[name] = ...`, and the gradient of what went in.",
+        "For `y = x @ W.T`: `grads[name]` is `np.einsum('bto,bti->oi', dy, x)`, dx "
+        "is `dy @ W`. u1 is read three times, u2 twice, x1 by the norm and by the "
+        "addition. Undo each reshape and swapaxes on the way.",
+        "Order: head, W_down, `swiglu_backward`, W_gate and W_up, `rmsnorm_backward` "
+        "plus the stream, W_o, `attention_backward`, `rope(..., -positions)` for dq "
+        "and dk, then W_q, W_k and W_v, `rmsnorm_backward` plus the stream, "
+        "`embedding_backward`, and `return loss, grads`.",
+    ),
+    wrong=(
+        Wrong(
+            "the stream lost at the feed-forward",
+            "    dx1 = dx1 + dx2\n",
+            "",
+            "x2 = x1 + ...: the gradient of x2 reaches x1 also unchanged, past the "
+            "feed-forward.",
+        ),
+        Wrong(
+            "the stream lost at attention",
+            "embedding_backward(dx0 + dx1,",
+            "embedding_backward(dx0,",
+            "x1 = x0 + ...: the gradient of x1 reaches x0 also unchanged, past "
+            "attention.",
+        ),
+        Wrong(
+            "turned forwards on the way back",
+            "dq = rope(dq.swapaxes(1, 2), -positions)",
+            "dq = rope(dq.swapaxes(1, 2), positions)",
+            "The gradient of a rotation is the rotation back: positions with a minus.",
+        ),
+        Wrong(
+            "dq and dk not turned back",
+            "    dq = rope(dq.swapaxes(1, 2), -positions).reshape(B, T, H * d)\n"
+            "    dk = rope(dk[:, :, None], -positions)[:, :, 0]\n",
+            "    dq = dq.swapaxes(1, 2).reshape(B, T, H * d)\n",
+            "q and k were rotated after their projections; their gradients must be "
+            "rotated back before.",
+        ),
+        Wrong(
+            "the values' way back forgotten",
+            '    du1 = du1 + linear_backward("W_v", dv, u1)\n',
+            '    linear_backward("W_v", dv, u1)\n',
+            "u1 was read three times, for queries, keys and values: three gradients "
+            "add up.",
+        ),
+    ),
+    right=(
+        "def loss_and_grads(params, ids, H=2, eps=1e-6):\n"
+        "    n = lambda x: (np.mean(x * x, axis=-1, keepdims=True) + eps) ** -0.5\n"
+        "    w, past, (B, T) = params, ids[:, :-1], ids[:, 1:].shape\n"
+        "    d, D = len(w['W_k']), len(w['norm_1'])\n"
+        "    x, pos = w['embed'][past], np.arange(T)\n"
+        "    u = w['norm_1'] * x * n(x)\n"
+        "    flat = lambda a: a.reshape(B * T, -1)\n"
+        "    q = rope((u @ w['W_q'].T).reshape(B, T, H, d), pos)\n"
+        "    q = q.transpose(0, 2, 1, 3)\n"
+        "    k = rope((u @ w['W_k'].T).reshape(B, T, 1, d), pos).reshape(B, T, d)\n"
+        "    v = u @ w['W_v'].T\n"
+        "    P = causal_weights(q @ k[:, None].swapaxes(2, 3) / d**0.5)\n"
+        "    o = (P @ v[:, None]).transpose(0, 2, 1, 3).reshape(B, T, H * d)\n"
+        "    y = x + o @ w['W_o'].T\n"
+        "    t = w['norm_2'] * y * n(y)\n"
+        "    a, b = t @ w['W_gate'].T, t @ w['W_up'].T\n"
+        "    h = a * b / (1 + np.exp(-a))\n"
+        "    z = y + h @ w['W_down'].T\n"
+        "    s = z @ w['head'].T\n"
+        "    g, ds = {}, cross_entropy_backward(s, ids[:, 1:])\n"
+        "    m = s.max(-1)\n"
+        "    lse = m + np.log(np.exp(s - m[..., None]).sum(-1))\n"
+        "    loss = (lse - np.take_along_axis(s, ids[:, 1:, None], 2)[..., 0]).mean()\n"
+        "    g['head'] = flat(ds).T @ flat(z)\n"
+        "    dz = ds @ w['head']\n"
+        "    g['W_down'] = flat(dz).T @ flat(h)\n"
+        "    da, db = swiglu_backward(dz @ w['W_down'], a, b)\n"
+        "    g['W_gate'], g['W_up'] = flat(da).T @ flat(t), flat(db).T @ flat(t)\n"
+        "    dt = da @ w['W_gate'] + db @ w['W_up']\n"
+        "    dy, g['norm_2'] = rmsnorm_backward(dt, y, w['norm_2'], eps)\n"
+        "    dy += dz\n"
+        "    g['W_o'] = flat(dy).T @ flat(o)\n"
+        "    do = (dy @ w['W_o']).reshape(B, T, H, d).transpose(0, 2, 1, 3)\n"
+        "    dq, dk, dv = attention_backward(do, q, k, v, P, d**-0.5)\n"
+        "    dq = rope(dq.transpose(0, 2, 1, 3), -pos).reshape(B, T, H * d)\n"
+        "    dk = rope(dk.reshape(B, T, 1, d), -pos).reshape(B, T, d)\n"
+        "    for name, dd in zip(('W_q', 'W_k', 'W_v'), (dq, dk, dv)):\n"
+        "        g[name] = flat(dd).T @ flat(u)\n"
+        "    du = dq @ w['W_q'] + dk @ w['W_k'] + dv @ w['W_v']\n"
+        "    dx, g['norm_1'] = rmsnorm_backward(du, x, w['norm_1'], eps)\n"
+        "    g['embed'] = embedding_backward(dx + dy, past, len(w['embed']))\n"
+        "    return loss, g\n",
+    ),
+)
+
+CHECKS = [SWIGLU, ADAMW, ASSEMBLED]

@@ -1,0 +1,28 @@
+"""What can be wrong with a call besides its result."""
+
+from dataclasses import dataclass
+
+
+class TimeUp(BaseException):
+    """The time limit, raised inside the answer so that its line is known."""
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A fault of a call. ``last``: it is told only if the value itself is right."""
+
+    headline: str
+    advice: str
+    value: object = None
+    last: bool = False
+
+    @classmethod
+    def mutated(cls, number: int, value: object) -> "Complaint":
+        """An argument was written to."""
+        return cls(
+            f"Your function changes its argument {number}",
+            "Whoever called it still needs that array. `x -= ...`, `x[...] = ...` and "
+            "`out=x` write into it; make a new array.",
+            value,
+            last=True,
+        )

@@ -1,0 +1,77 @@
+"""From saved notebooks to verdicts: the same for pytest, `check` and `check_all`."""
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+from grader.judge import Answer
+from grader.notebooks import Place, elsewhere
+from grader.source import Exercise, exercises, find
+from grader.verdict import FAILED, PASSED, TODO, Verdict
+from grader.workers import judged
+
+
+def verdict_on(
+    id_: str, text: str, answers: Mapping[str, str], cells: Iterable[str] = ()
+) -> Verdict:
+    """Judge one cell. ``answers`` holds the learner's other cells, for `assembles`;
+    ``cells`` all code cells, to find a helper that is defined in the wrong one.
+    """
+    exercise = find(id_)
+    if exercise.is_stub(text):
+        return Verdict(id_, TODO)
+    if waiting := waits_for(exercise, answers):
+        return waiting
+    parts = {part: answers[part] for part in exercise.assembles}
+    verdict = _cached(id_, text, tuple(parts.items()))
+    if verdict.unknown_name:
+        said = elsewhere(verdict.unknown_name, cells, text)
+        verdict = verdict.noting(*[said] * bool(said))
+    return verdict
+
+
+def waits_for(exercise: Exercise, answers: Mapping[str, str]) -> Verdict | None:
+    """An exercise that assembles others is no failure as long as one of them is."""
+    open_ = []
+    for part in exercise.assembles:
+        text = answers.get(part)
+        state = TODO if text is None else verdict_on(part, text, answers).state
+        if state != PASSED:
+            open_.append(f"{part} ({state})")
+    if not open_:
+        return None
+    return Verdict(exercise.id, TODO, f"It waits for {', '.join(open_)}.")
+
+
+@lru_cache(maxsize=256)
+def _cached(id_: str, text: str, parts: tuple) -> Verdict:
+    return judged(Answer(id_, text, dict(parts)))
+
+
+def contradiction(id_: str, places: list[Place]) -> Verdict:
+    """Two cells answer the same exercise differently."""
+    where = " and ".join(place.where for place in places)
+    return Verdict(
+        id_, FAILED, "Two answers to one exercise",
+        f"They stand in {where}, and they differ. Keep one; in the other, change the "
+        "first line.",
+    )  # fmt: skip
+
+
+def unheard_of(id_: str) -> Verdict:
+    """A cell with an identity that no exercise has."""
+    chapters = {exercise.partition(".")[0] for exercise in exercises()}
+    close = [e for e in exercises() if e.split(".")[0] == id_.split(".")[0]]
+    known = ", ".join(close or sorted(chapters))
+    return Verdict(
+        id_, FAILED, f"There is no exercise {id_}",
+        f"The first line of an answer cell names it. There are {known}.",
+    )  # fmt: skip
+
+
+def cell_gone(id_: str) -> Verdict:
+    """An exercise whose answer cell is missing from its notebook."""
+    return Verdict(
+        id_, FAILED, "Its answer cell is gone",
+        f"No cell begins with the line `# exercise: {id_}`. If you removed that line, "
+        f"put it back; or: python exercises reset {id_}",
+    )  # fmt: skip
