@@ -197,6 +197,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     lines = report.footer(states, places, saved)
     if any(".cuda." in id_ for id_ in states):
         lines[-1] += "    CUDA: simulator"
+    terminalreporter.ensure_newline()
     terminalreporter.section("progress")
     for line in lines:
         terminalreporter.write_line(line)

@@ -21,7 +21,7 @@
 
 # %%
 import numpy as np
-from grader import check_all
+from grader import check, check_all, hint
 
 # %% [markdown]
 # ## lm.1 · A softmax that survives 1000

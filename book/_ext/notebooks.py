@@ -2,7 +2,8 @@
 
 jupytext turns the page's source into an ``.ipynb`` without outputs, and the theme's
 download menu offers it. Jupyter does not know Sphinx's ``literalinclude``, so each
-listing is pasted into the notebook as what it stands for.
+listing is pasted into the notebook as what it stands for. A box of exercises becomes a
+line for each: they have a notebook of their own.
 """
 
 import ast
@@ -12,12 +13,16 @@ from typing import Any
 
 import jupytext
 from docutils import nodes
+from exercise_boxes import Box
 from sphinx.application import Sphinx
 
 LISTING = re.compile(
     r"^(?P<fence>`{3,}|:{3,})\{literalinclude\} (?P<file>\S+)\n"
     r"(?P<options>(?::.*\n)*)(?P=fence)$",
     re.MULTILINE,
+)
+GRADED = re.compile(
+    r"^(?P<fence>`{3,}|:{3,})\{graded\} (?P<ids>.+)\n(?P=fence)$", re.MULTILINE
 )
 PYOBJECT = re.compile(r"^:pyobject: (\S+)$", re.MULTILINE)
 
@@ -50,6 +55,14 @@ def paste_listings(text: str, folder: Path) -> str:
     return LISTING.sub(listing, text)
 
 
+def name_exercises(text: str) -> str:
+    """Replace every ``graded`` of ``text`` by where its exercises are to be found."""
+    return GRADED.sub(
+        lambda match: "\n".join(Box.of(i).in_notebook() for i in match["ids"].split()),
+        text,
+    )
+
+
 def is_executed(app: Sphinx, page: str) -> bool:
     """Tell whether a page has the header that makes its cells run."""
     return "kernelspec" in app.env.metadata.get(page, {})
@@ -63,6 +76,7 @@ def offer_notebook(
         return
     source = Path(app.env.doc2path(page))
     text = paste_listings(source.read_text(encoding="utf-8"), source.parent)
+    text = name_exercises(text)
     target = Path(app.outdir) / "_sources" / f"{page}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     jupytext.write(jupytext.reads(text, fmt="md:myst"), target)

@@ -121,7 +121,7 @@ ADAMW = Check(
             ),
         ),
         Case(
-            "other betas, eps and decay",
+            "betas below a half, another eps and decay",
             (
                 normal(3, seed=7),
                 normal(3, seed=8),
@@ -129,8 +129,8 @@ ADAMW = Check(
                 normal(3, seed=10) ** 2,
                 3,
                 0.2,
-                0.8,
-                0.7,
+                0.4,
+                0.3,
                 0.3,
                 0.5,
             ),
@@ -229,6 +229,11 @@ def model(
     return Case(label, (params, ids, H, eps))
 
 
+def by_default(case: Case) -> Case:
+    """The same call without H and eps, which have defaults."""
+    return Case(f"{case.label}; H and eps left out", case.args[:2])
+
+
 def loss_beside_grads(function, params: dict, *rest: object) -> object:
     """The loss and the gradients in one dictionary: each is compared by its name."""
     value = function(params, *rest)
@@ -245,6 +250,8 @@ ASSEMBLED = Check(
         model(B=1, T=3, V=4, D=6, d=4, wide=5, H=2, eps=1e-6, seed=1),
         model(B=2, T=5, V=7, D=4, d=6, wide=3, H=3, eps=1e-2, seed=2),
         model(B=3, T=1, V=3, D=8, d=2, wide=9, H=1, eps=1e-6, seed=3),
+        model(B=2, T=4, V=5, D=3, d=2, wide=4, H=4, eps=1e-6, seed=4),
+        by_default(model(B=1, T=2, V=3, D=4, d=2, wide=3, H=2, eps=1e-6, seed=5)),
     ],
     hints=(
         "Read the forward pass from its last line to its first. Each product with a "

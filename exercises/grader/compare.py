@@ -34,7 +34,7 @@ def as_tuple(value: object, names: Sequence[str]) -> tuple | None:
     """The results one by one, or None where their number or names are not right."""
     if isinstance(value, dict):
         value = [value[name] for name in names] if set(value) == set(names) else []
-    elif len(names) == 1:
+    elif len(names) == 1 and not isinstance(value, tuple):
         value = [value]
     if isinstance(value, tuple | list) and len(value) == len(names):
         return tuple(value)
@@ -50,11 +50,12 @@ def fault(
     results = as_tuple(value, names)
     if results is None:
         return _wrong_number(value, names)
+    known_as = names if len(names) > 1 else ("The result",)
     for check in (_placeholder, _kind, _shape, _finite):
-        for name, yours, right in zip(names, results, expected, strict=True):
+        for name, yours, right in zip(known_as, results, expected, strict=True):
             if said := check(name, yours, np.asarray(right)):
                 return said
-    for name, yours, right in zip(names, results, expected, strict=True):
+    for name, yours, right in zip(known_as, results, expected, strict=True):
         if said := _values(name, np.asarray(yours), np.asarray(right), tolerance):
             return said
     return None
@@ -104,10 +105,6 @@ def _array(value: object) -> np.ndarray | None:
         return None
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"({', '.join(names)})" if len(names) > 1 else names[0]
-
-
 def _nothing(value: object) -> str:
     if value is None:
         return "Your function returns None. Does every path end in a return?"
@@ -123,8 +120,9 @@ def _wrong_number(value: object, names: Sequence[str]) -> str:
         return f"Your dictionary does not have the right keys: {'; '.join(said)}."
     found = "one value"
     if isinstance(value, tuple | list):
-        found = f"{len(value)} values"
-    return f"Your function returns {found}; expected {len(names)}: {_listed(names)}."
+        found = f"a {type(value).__name__} of {len(value)}"
+    wanted = f"{len(names)}: ({', '.join(names)})" if len(names) > 1 else "one array"
+    return f"Your function returns {found}; expected {wanted}."
 
 
 def _placeholder(name: str, yours: object, expected: np.ndarray) -> str | None:

@@ -1,0 +1,15 @@
+"""What the CUDA kernels stand on: a GPU that runs in Python and does not forgive.
+
+A kernel is a plain function over ``cuda.*`` and ``math.*`` in Numba's dialect. On a GPU
+Numba compiles it. Here `simulator.launch` runs it one thread at a time, without a GPU
+and without Numba, and says what a GPU would not: which two threads race, which index is
+out of bounds, which threads never reach the barrier. In reading order:
+
+    simulator   launch a kernel and count what it did
+    dialect     the ``cuda`` object: threadIdx, syncthreads, shared.array, atomic, ...
+    threads     threads, warps and blocks: who runs, who waits, who has seen what
+    warps       shuffles and votes, as functions of the lanes' values
+    memory      arrays that check every access
+    binding     a kernel written against Numba's cuda, made to see ours
+    reports     the errors, and where in the kernel they happened
+"""

@@ -1,0 +1,207 @@
+"""Launch a CUDA kernel without a GPU, and be told what is wrong with it.
+
+    from minidsv3.gpu.simulator import cuda, launch
+
+    def add(x, y, n):
+        i = cuda.grid(1)
+        if i < n:
+            y[i] += x[i]
+
+    launch(add, 4, 256, x, y, 1000)
+
+Threads run one at a time and change places only at barriers and operations of a warp,
+so the same launch does the same every time. What a GPU lets pass is an error here: a
+race, even one that happened to end well, an index out of bounds, a barrier that not all
+threads reach, a read of memory that nobody wrote.
+
+Where arithmetic differs from a GPU's: scalars are NumPy's and Python's, so float32
+stays float32 beside a Python float (Numba computes float64), and an int8 does not grow
+beside an int. Shapes of shared and local arrays may be known only at run time, which
+Numba refuses. A thread that spins until another does something spins for ever.
+"""
+
+import inspect
+import operator
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from minidsv3.gpu.binding import rebound
+from minidsv3.gpu.dialect import cuda, warp_operation
+from minidsv3.gpu.memory import CheckedArray, Memory
+from minidsv3.gpu.reports import (
+    BoundsError,
+    DivergenceError,
+    RaceError,
+    SimulatorError,
+    UninitialisedError,
+)
+from minidsv3.gpu.threads import Block, Dim3, Launch, running
+
+__all__ = [
+    "BoundsError",
+    "DivergenceError",
+    "RaceError",
+    "SimulatorError",
+    "Stats",
+    "UninitialisedError",
+    "cuda",
+    "launch",
+    "warp_operation",
+]
+
+MOST_THREADS = 1024
+Extent = int | tuple[int, ...]
+Order = str | int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a launch did. A barrier or an operation of a warp counts once for all.
+
+    Accesses are counted one a thread and element, atomics of both memories together.
+    """
+
+    blocks: int
+    threads: int
+    barriers: int
+    warp_operations: int
+    global_reads: int
+    global_writes: int
+    shared_reads: int
+    shared_writes: int
+    atomics: int
+
+
+def launch(
+    kernel: Callable[..., None],
+    grid: Extent,
+    block: Extent,
+    *args: Any,
+    order: Order = "rising",
+    dynamic_shared: int = 0,
+) -> Stats:
+    """Run ``kernel(*args)`` in every thread of every block; arrays change in place.
+
+    kernel is a plain function, or has one in ``.py_func``; Numba's cuda in it becomes
+    ours. grid (how many blocks) and block (how many threads in each) are an integer or
+    up to three. NumPy arrays among the arguments are global memory. order says who goes
+    first, among blocks and among threads: "rising", "falling", or an integer, the seed
+    of a random order; a correct kernel does not care. dynamic_shared is the number of
+    bytes behind ``cuda.shared.array(0, dtype)``.
+
+    Raises a `SimulatorError` that says what is wrong and where. An exception of the
+    kernel's own comes through as it is, with a note on who raised it and where. The
+    arrays then hold what was written so far.
+    """
+    if running.thread is not None:
+        raise SimulatorError("a kernel cannot launch another one")
+    function = rebound(kernel, cuda)
+    if not isinstance(function, FunctionType):
+        raise SimulatorError(f"a kernel is a plain function, not {kernel!r}")
+    run = Launch(
+        kernel=function.__name__,
+        entry=lambda: None,
+        grid=_extent("grid", grid),
+        block=_extent("block", block),
+        arranged=_arrangement(order),
+        dynamic_shared=operator.index(dynamic_shared),
+        greenlet=_greenlet(),
+    )
+    if run.block.x * run.block.y * run.block.z > MOST_THREADS:
+        raise SimulatorError(
+            f"block is {block}: a block has at most {MOST_THREADS} threads. "
+            "Launch more blocks instead."
+        )
+    run.entry = _entry(function, _checked(function, args, run))
+    indices, places = run.block.indices(), run.grid.indices()
+    for index in run.arranged(places):
+        Block(run, index, indices).run()
+    return _stats(run, len(places), len(indices))
+
+
+def _greenlet() -> type:
+    try:
+        from greenlet import greenlet
+    except ImportError as error:
+        raise ImportError(
+            "the CUDA simulator runs its threads on greenlet: pip install greenlet"
+        ) from error
+    return greenlet
+
+
+def _extent(what: str, size: Extent) -> Dim3:
+    """A grid or a block in three numbers."""
+    sizes = size if isinstance(size, tuple | list) else (size,)
+    try:
+        extent = Dim3(*map(operator.index, sizes))
+    except TypeError:
+        extent = Dim3(0)
+    if min(extent) < 1 or not sizes:
+        raise SimulatorError(
+            f"{what} is {size!r}: it must be a positive integer or up to three of them"
+        )
+    return extent
+
+
+def _arrangement(order: Order) -> Callable[[list], list]:
+    """A function that puts blocks, or threads that are ready, in the order they go."""
+    if order == "rising":
+        return list
+    if order == "falling":
+        return lambda ready: ready[::-1]
+    if not isinstance(order, int):
+        raise SimulatorError(
+            f'order is {order!r}: it must be "rising", "falling" or a seed, an integer'
+        )
+    generator = random.Random(order)
+    return lambda ready: generator.sample(ready, len(ready))
+
+
+def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
+    """The arguments, with arrays that are checked and know their parameters' names."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise SimulatorError(
+            f"kernel {run.kernel}{signature} got {len(args)} arguments: {error}",
+            kernel=run.kernel,
+        ) from None
+    names = [*signature.parameters]
+    names += names[-1:] * (len(args) - len(names))  # *args share theirs
+    memory = Memory("global", run.traffic["global"], None)
+    return [
+        CheckedArray(arg, name, memory) if isinstance(arg, np.ndarray) else arg
+        for name, arg in zip(names, args, strict=False)
+    ]
+
+
+def _entry(function: FunctionType, args: list) -> Callable[[], Any]:
+    """What every thread does. A GPU overflows and divides by zero without a word."""
+
+    def enter() -> Any:
+        with np.errstate(all="ignore"):
+            return function(*args)
+
+    return enter
+
+
+def _stats(run: Launch, blocks: int, threads: int) -> Stats:
+    reads, writes, atomics = run.traffic["global"]
+    shared_reads, shared_writes, shared_atomics = run.traffic["shared"]
+    return Stats(
+        blocks=blocks,
+        threads=blocks * threads,
+        barriers=run.barriers,
+        warp_operations=run.warp_operations,
+        global_reads=reads,
+        global_writes=writes,
+        shared_reads=shared_reads,
+        shared_writes=shared_writes,
+        atomics=atomics + shared_atomics,
+    )
