@@ -7,6 +7,8 @@ The map, mechanism by implementation. Imports point downwards only::
     generation               numpy_ref
     model                    numpy_ref
     primitives               numpy_ref · attention_numpy_ref
+    gpu                      simulator · dialect · threads · warps · memory · binding
+                             · reports
     parameters               names and shapes of every parameter
     checkpoints              models on disk, in DeepSeek's layout
     corpus                   text -> bytes -> batches

@@ -452,6 +452,15 @@ def test_windows_line_ends(desk):
     assert (status, last(said)) == (0, "1 passed, 10 todo in 0.00s")
 
 
+def test_where_a_name_comes_from():
+    """A local variable of another cell's function is no helper."""
+    assert notebooks.defines("def f(x):\n    t = 1\n    return t", "f")
+    assert not notebooks.defines("def f(x):\n    t = 1\n    return t", "t")
+    for cell in ("t = 1", "import a as t", "from a import t", "for t in x: pass"):
+        assert notebooks.defines(cell, "t"), cell
+    assert not notebooks.defines("def (", "t")
+
+
 def test_from_another_folder_and_one_alone(desk, tmp_path):
     away = tmp_path / "away"
     away.mkdir()

@@ -125,6 +125,7 @@ async def opened(address: str, shots: Path) -> AsyncIterator[Page]:
         await play.chromium.launch(
             executable_path=browser.chromium(),
             args=[*browser.FLAGS, "--no-proxy-server"],
+            timeout=WAIT,
         ) as chromium,
     ):
         page = await chromium.new_page(viewport={"width": 1280, "height": 1200})
@@ -184,7 +185,7 @@ class Learner:
         """Wait for these words, take a picture under the first; give the whole text."""
         for some in words:
             await expect(shown).to_contain_text(some, timeout=WAIT)
-        await self.page.screenshot(path=self.shots / f"{words[0]}.png")
+        await self.page.screenshot(path=self.shots / f"{words[0]}.png", timeout=WAIT)
         return await shown.inner_text()
 
 

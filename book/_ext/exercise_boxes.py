@@ -100,7 +100,7 @@ class Box:
     def fields(self) -> dict[str, str]:
         """What the templates call by name."""
         command = f"pytest exercises/{self.notebook}.ipynb::{self.id}"
-        return vars(self) | {"anchor": self.anchor, "command": command}
+        return vars(self) | {"command": command}
 
     def myst(self) -> str:
         """The box as the source of a page would have it."""

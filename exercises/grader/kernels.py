@@ -15,6 +15,12 @@ from grader.complaint import Complaint
 from grader.spec import Check, Launch
 
 ORDERS = ("rising", "falling")
+FOUND = {
+    "RaceError": "A race between threads",
+    "BoundsError": "An index outside its array",
+    "DivergenceError": "A barrier that not all threads reach",
+    "UninitialisedError": "Memory read before anything was written to it",
+}
 
 
 @lru_cache(maxsize=1)
@@ -36,7 +42,9 @@ def as_kernel(kernel: Callable, check: Check, case: Launch, first: bool) -> obje
                 dynamic_shared=case.dynamic_shared,
             )  # fmt: skip
         except simulator().SimulatorError as error:
-            return Complaint(f"{type(error).__name__}: {error}", "")
+            return Complaint(
+                FOUND.get(type(error).__name__, "In the kernel"), str(error)
+            )
         if said := changed(case, given):
             return said
         results.append(tuple(given[i] for i in case.outputs))

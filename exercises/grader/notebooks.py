@@ -110,9 +110,10 @@ def defines(cell: str, name: str) -> bool:
     except SyntaxError:
         return False
     for node in tree.body:
-        if getattr(node, "name", None) == name:
-            return True
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if node.name == name:
+                return True
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             if any(name == (a.asname or a.name.partition(".")[0]) for a in node.names):
                 return True
         elif any(

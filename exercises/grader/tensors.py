@@ -78,9 +78,18 @@ def gradient_fault(
     def differentiable(*_: object) -> tuple:
         value = check.call(function, *leaves)
         results = value if isinstance(value, tuple | list) else (value,)
-        return tuple(r for r in results if torch.is_floating_point(r))
+        tensors = [r for r in results if isinstance(r, torch.Tensor)]
+        return tuple(r for r in tensors if r.is_floating_point())
 
-    if not any(result.requires_grad for result in differentiable()):
+    try:
+        graphed = any(result.requires_grad for result in differentiable())
+    except Exception as error:
+        return (
+            "The answer works only without gradients",
+            f"Once its input wants a gradient, it ends in {type(error).__name__}: "
+            f"{error} Stay with torch's own operations; they build the graph.",
+        )
+    if not graphed:
         return (
             "The result has left torch's graph",
             "No gradient can flow back through it. `.detach()`, `.item()`, `.numpy()`, "

@@ -6,11 +6,11 @@ So a launch is deterministic, and what orders two threads is known exactly:
 
 * every ``cuda.syncthreads()`` ends an epoch of its block: what was done in an earlier
   epoch happened before everything in this one;
-* every operation of a warp shows its lanes what the others did so far: each lane's
-  clock counts its operations, and each remembers the clock of every other it has seen;
+* every ``cuda.syncwarp()`` shows its lanes what the others did so far: each lane's
+  clock counts them, and each remembers the clock of every other it has seen. Shuffles
+  and votes hand over values and order nothing else: CUDA's programming guide says that
+  they imply no memory barrier;
 * nothing orders two blocks.
-
-The second is generous: CUDA promises it of syncwarp, but not of shuffles and votes.
 """
 
 from collections.abc import Callable
@@ -249,21 +249,17 @@ class Block:
         return list(groups.values())
 
     def _exchange(self, group: list[Thread]) -> None:
-        """Carry out an operation of a warp. Its lanes see from now what all did."""
+        """Carry out an operation of a warp; after syncwarp its lanes see what all did."""
         self.launch.warp_operations += 1
         combine = WARP_OPS[group[0].request.op]
         try:
             answers = combine({t.lane: t.operands for t in group})
         except InactiveLaneError as error:
             raise _inactive(group, error.reader, error.source) from None
-        views = {id(t.seen): t.seen for t in group}.values()
-        seen = [max(clocks) for clocks in zip(*views, strict=True)]
         for thread in group:
-            seen[thread.lane] = thread.clock
-        for thread in group:
-            thread.answer, thread.seen = answers[thread.lane], seen
-            thread.clock += 1
-            thread.begin_stretch()
+            thread.answer = answers[thread.lane]
+        if group[0].request.op == "syncwarp":
+            _show_each_other(group)
 
     def _pass_barrier(self) -> list[Thread]:
         """Begin the next epoch, if every thread waits at the same barrier."""
@@ -278,6 +274,18 @@ class Block:
         for thread in waiting:
             thread.begin_stretch()
         return waiting
+
+
+def _show_each_other(group: list[Thread]) -> None:
+    """From now on each lane of the group has seen what all of them did so far."""
+    views = {id(t.seen): t.seen for t in group}.values()
+    seen = [max(clocks) for clocks in zip(*views, strict=True)]
+    for thread in group:
+        seen[thread.lane] = thread.clock
+    for thread in group:
+        thread.seen = seen
+        thread.clock += 1
+        thread.begin_stretch()
 
 
 def _missing(group: list[Thread]) -> list[Thread]:
