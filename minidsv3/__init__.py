@@ -2,21 +2,20 @@
 
 The map, mechanism by implementation. Imports point downwards only::
 
-    __main__                 the command line
-    training                 numpy_ref · run_folder
-    generation               numpy_ref
-    model                    numpy_ref
-    primitives               numpy_ref · attention_numpy_ref
-    gpu                      simulator · dialect · threads · warps · memory · binding
-                             · reports
-    parameters               names and shapes of every parameter
-    checkpoints              models on disk, in DeepSeek's layout
-    corpus                   text -> bytes -> batches
-    yardsticks               what a model must beat: unigram, bigram, xz
-    config                   one frozen Config in DeepSeek's words
-    config_json              its border to config.json
-    checks                   what its numbers must be
-    files                    replaced whole or not at all
+    __main__      the command line
+    training      numpy_ref · run_folder
+    generation    numpy_ref
+    model         numpy_ref
+    primitives    numpy_ref · attention_numpy_ref
+    gpu           simulator · dialect · threads · warps · memory · binding · reports
+    parameters    names and shapes of every parameter
+    checkpoints   models on disk, in DeepSeek's layout
+    corpus        text -> bytes -> batches
+    yardsticks    what a model must beat: unigram, bigram, xz
+    config        one frozen Config in DeepSeek's words
+    config_json   its border to config.json
+    checks        what its numbers must be
+    files         replaced whole or not at all
 
 Multi-token prediction, the mixture of experts and multi-head latent attention get a
 room each; ``parameters`` and ``config`` know their shapes already.

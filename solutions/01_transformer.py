@@ -13,11 +13,14 @@
 # the other ten together, and then *your* gradients train.
 #
 # The loop: write your answer where it says `return ...`, run the cell (Shift+Enter),
-# run `check` below it. `hint("lm.1")` helps, up to `hint("lm.1", 3)`. `check_all()`
-# shows how far you are; `pytest exercises/` grades the saved file.
+# then run the `check` below it. `hint("lm.1")` helps, up to `hint("lm.1", 3)`.
+# `check_all()` shows how far you are; `pytest exercises/` in a terminal grades the
+# saved file.
 #
-# Arrays have the shapes that the docstrings give, and no others need to work. Leave the
-# first line of an answer cell as it is: it is how the grader knows the cell.
+# Arrays have the shapes that the docstrings give, and no others need to work. Leave
+# the comment lines on top of an answer cell as they are: the first is how the grader
+# knows the cell, and `# needs: lm.1` says that it hands in a right `softmax`, whatever
+# became of yours.
 
 # %%
 import numpy as np
@@ -26,10 +29,12 @@ from grader import check, check_all, hint
 # %% [markdown]
 # ## lm.1 · A softmax that survives 1000
 #
-# $p_i = e^{x_i} / \sum_j e^{x_j}$ over the last axis. Typed as it stands, it answers
-# `nan` as soon as one number exceeds 709, because $e^{710}$ is more than a float64 can
-# hold. Write it so that any finite input works, and so that $-\infty$, which a mask
-# puts in, becomes an exact zero.
+# $$p_i = \frac{e^{x_i}}{\sum_j e^{x_j}}$$
+#
+# over the last axis. Typed as it stands, it answers `nan` as soon as one number
+# exceeds 709, because the exponential of 710 is more than a float64 can hold. Write it
+# so that any finite input works, and so that $-\infty$, which a mask puts in, becomes
+# an exact zero.
 
 
 # %%
@@ -44,9 +49,9 @@ def softmax(x):
 # ## lm.2 · The future is not merely indifferent
 #
 # From scores to attention weights. `scores` has shape (B, H, T, S): the T queries are
-# the *last* T of S positions, as when a cache holds the first S − T. Query $t$ must not
-# hear a later position, and each row of weights must sum to one. `softmax` from lm.1 is
-# there: the grader hands in a right one, whatever became of yours.
+# the *last* T of S positions, as when a cache holds the first S − T. Query $t$ must
+# not hear a later position, and each row of weights must sum to one. You need a
+# softmax: the grader hands in a right one, whatever became of yours.
 
 
 # %%
@@ -64,9 +69,13 @@ def causal_weights(scores):
 # %% [markdown]
 # ## lm.3 · Where is a byte?
 #
-# Turn each pair $(2j, 2j+1)$ of the last axis by the angle $p\,\theta_j$ with $\theta_j
-# = \text{base}^{-2j/d}$. The positions $p$ are handed in, for they need not be 0, 1, 2:
-# a cached text goes on at 5000. All heads of a position turn alike.
+# Turn each pair $(2j, 2j+1)$ of the last axis by the angle $p\,\theta_j$, from its
+# first coordinate towards its second, with
+#
+# $$\theta_j = \text{base}^{-2j/d}.$$
+#
+# The positions $p$ are handed in, for they need not be 0, 1, 2: a cached text goes on
+# at 5000. All heads of a position turn alike.
 
 
 # %%
@@ -90,8 +99,8 @@ def rope(x, positions, base=10000.0):
 # ## lm.4 · What was expected minus what came
 #
 # The loss is the mean of $-\ln p_\text{target}$ over all B·T positions. Its gradient
-# with respect to the logits fits on one line of mathematics and is where every backward
-# pass of this book begins. `softmax` is there.
+# with respect to the logits fits on one line of mathematics, and every backward pass
+# of this book begins with it. The grader hands in a right `softmax`.
 
 
 # %%
@@ -108,9 +117,9 @@ def cross_entropy_backward(logits, targets):
 # %% [markdown]
 # ## lm.5 · Forty times the same byte
 #
-# The embedding looked up row `ids[b, t]` for each position. If `e` occurs forty times,
-# row 101 of the gradient is a sum of forty vectors. One popular line of NumPy keeps the
-# last of them and says nothing.
+# The embedding looked up row `ids[b, t]` for each position. If the byte `e` occurs
+# forty times, its row of the gradient, number 101, is a sum of forty vectors. One
+# popular line of NumPy keeps the last of them and says nothing.
 
 
 # %%
@@ -127,8 +136,10 @@ def embedding_backward(dy, ids, V):
 # %% [markdown]
 # ## lm.6 · RMSNorm: the term that is easy to forget
 #
-# $y = g \odot x\,r$ with $r = (\overline{x^2} + \epsilon)^{-1/2}$, one $r$ a row. In
-# $dx$ the input counts twice: openly, and inside $r$. All rows share $g$.
+# $$y = g \odot x\,r, \qquad r = (\overline{x^2} + \epsilon)^{-1/2},$$
+#
+# with one $r$ a row. Two gradients: `dx`, in which the input counts twice, openly and
+# inside $r$; and `dg`, which all rows share.
 
 
 # %%
@@ -167,9 +178,10 @@ def softmax_backward(dP, P):
 #
 # $$S = \alpha\, q\,k^\top,\quad P = \mathrm{softmax}(S),\quad o = P\,v,$$
 #
-# with $P$ already computed (and masked). Three gradients. What is shared, sums:
-# DeepSeek's MLA has such a key too, and the forgotten sum over heads is its most common
-# bug. `softmax_backward` is there.
+# with $\alpha$ called `scale`, and $P$ already computed (and masked). `do` is the
+# gradient that arrives at $o$; three are to be returned. What is shared, sums:
+# DeepSeek's MLA has such a key too, and the forgotten sum over heads is its most
+# common bug. The grader hands in a right `softmax_backward`.
 
 
 # %%
@@ -194,9 +206,13 @@ def attention_backward(do, q, k, v, P, scale):
 # %% [markdown]
 # ## lm.9 · A product of two opinions
 #
-# The wide vector of the feed-forward is $h = \mathrm{silu}(a) \odot b$, with
-# $\mathrm{silu}(a) = a\,\sigma(a)$. Chapter 1 showed a model that trains with half of
-# $\mathrm{silu}'$ missing, and nobody would have noticed from its loss.
+# The wide vector of the feed-forward is
+#
+# $$h = \mathrm{silu}(a) \odot b, \qquad \mathrm{silu}(a) = a\,\sigma(a).$$
+#
+# Given the gradient that arrives at $h$, return those of $a$ and of $b$, whole: a
+# model trains with half of $\mathrm{silu}'$ missing, and its loss curve would not have
+# told you.
 
 
 # %%
@@ -214,9 +230,23 @@ def swiglu_backward(dh, a, b):
 # %% [markdown]
 # ## lm.10 · One step of AdamW
 #
-# Running means of the gradient and of its square, both starting at zero, both corrected
-# for that; then the step, with a weight decay that is *not* divided by $\sqrt{\hat v}$.
-# `t` counts steps from 1. Return new arrays: the caller still needs the old ones.
+# Running means of the gradient and of its square,
+#
+# $$
+# m \leftarrow \beta_1 m + (1-\beta_1)\,g, \qquad
+# v \leftarrow \beta_2 v + (1-\beta_2)\,g^2 ,
+# $$
+#
+# both begun at zero. For the step they are corrected for that beginning, to $\hat m$
+# and $\hat v$; returned they are as above. Then
+#
+# $$
+# w \leftarrow w - \text{rate}\,
+# \big(\hat m / (\sqrt{\hat v} + \epsilon) + \text{decay}\; w\big).
+# $$
+#
+# `t` counts steps from 1; what is the correction? Return new arrays: the caller still
+# needs the old ones.
 
 
 # %%
@@ -236,11 +266,11 @@ def adamw_step(w, g, m, v, t, rate, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1):
 # %% [markdown]
 # ## lm.11 · All of it, by you
 #
-# A language model of one block, forwards, is given. Write it backwards with the
-# functions you have: **your own**, this time. The grader runs them together, so it
-# waits until lm.1 to lm.9 have passed.
+# A language model of one block, forwards, is given. Write it backwards, at the place
+# of the last line, and return `loss, grads`. Use the functions you have: **your own**,
+# this time. The grader runs them together, so it waits until lm.1 to lm.9 have passed.
 #
-# Go through the forward pass from the bottom up, a line at a time. Where it adds, the
+# Go through the forward pass from its last line to its first. Where it adds, the
 # gradient goes both ways; where something was used twice, two gradients add up. The
 # rotation has no backward function of its own: which positions turn it back?
 
@@ -302,9 +332,9 @@ def loss_and_grads(params, ids, H=2, eps=1e-6):
 
 
 # %% [markdown]
-# When that has passed, train. Every derivative below is yours, and so is the optimiser.
-# **Predict** first: a table of pairs of bytes pays about 3.5 bits per byte on this
-# text. What does your block pay after 200 steps?
+# When that has passed, train. Every derivative below is yours, and so is the
+# optimiser. **Predict** first: a table of pairs of bytes pays about 3.5 bits per byte
+# on this text. What does your block pay after 200 steps?
 
 # %%
 from grader import passed
@@ -314,11 +344,9 @@ from minidsv3 import corpus
 
 def train(steps=200, V=257, D=48, d=24, I=96):
     """Train your block on Python's standard library."""
-    shapes = {
-        "embed": (V, D), "W_q": (2 * d, D), "W_k": (d, D), "W_v": (d, D),
-        "W_o": (D, 2 * d), "W_gate": (I, D), "W_up": (I, D), "W_down": (D, I),
-        "head": (V, D),
-    }  # fmt: skip
+    shapes = {"embed": (V, D), "W_q": (2 * d, D), "W_k": (d, D), "W_v": (d, D)}
+    shapes |= {"W_o": (D, 2 * d), "W_gate": (I, D), "W_up": (I, D), "W_down": (D, I)}
+    shapes |= {"head": (V, D)}
     rng = np.random.default_rng(0)
     params = {name: rng.normal(0, D**-0.5, shape) for name, shape in shapes.items()}
     params |= {"norm_1": np.ones(D), "norm_2": np.ones(D)}
@@ -336,6 +364,9 @@ def train(steps=200, V=257, D=48, d=24, I=96):
 
 if passed("lm.10") and passed("lm.11"):
     train()
+
+# %% [markdown]
+# ## How far you are
 
 # %%
 check_all()

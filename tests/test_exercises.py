@@ -7,13 +7,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from grader import build, spec
-from grader.judge import Answer
+from grader.cell import Answer
 from grader.source import SOLUTIONS, SourceError, exercises, find, read
 from grader.verdict import FAILED, PASSED, TODO
 from grader.workers import judged
 from nbclient import NotebookClient
 
-from tests.learner import CHAPTER, ROOT, Desk, solved
+from tests.learner import CHAPTER, ROOT, Desk, solved, steady
 
 IDS = list(exercises())
 each = pytest.mark.parametrize("id_", IDS)
@@ -146,8 +146,9 @@ def test_a_notebook_runs_from_top_to_bottom(desk, source, is_solved):
         for output in cell.get("outputs", [])
     )  # fmt: skip
     own = [e.id for e in exercises().values() if e.notebook == source.stem]
+    state = "passed" if is_solved else "todo"
     for id_ in own:
-        assert f"{'passed' if is_solved else 'todo'}\033[0m  {id_}" in said, said
+        assert f"{state}\033[0m  {id_}\n" in said, said
     assert f"{len(own) if is_solved else 0}/{len(own)} passed" in said
     assert ("Not saved" in said) is False
     assert ("bits per byte" in said) is is_solved
@@ -185,13 +186,13 @@ Looks like: the gradient of the sum, not of the mean
   The loss is a mean over all B*T positions, so each position's gradient is
   divided by B*T.
 case 1 of 4: two positions, three ids
+  logits    [[[ 1.  0. -1.]
+              [ 2.  2.  0.]]]
+  targets   [[0 2]]
   yours     [[[-0.3348  0.2447  0.09  ]
               [ 0.4683  0.4683 -0.9366]]]
   expected  [[[-0.1674  0.1224  0.045 ]
               [ 0.2342  0.2342 -0.4683]]]
-  logits    [[[ 1.  0. -1.]
-              [ 2.  2.  0.]]]
-  targets   [[0 2]]
 = progress =
 [##----------------------------] 1/11 passed
 01_transformer.ipynb: graded as saved 0 s ago (12:00:00)
@@ -252,3 +253,13 @@ def test_committed_notebooks_open_everywhere():
             notebook = nbformat.reads(text, as_version=4)
             nbformat.validate(notebook)
             assert "\r" not in text
+
+
+def test_the_transcript_in_the_readme_is_real(desk):
+    """It is what this very run prints, but for times and the width of a line."""
+    desk.answer("lm.1", solved("lm.1"))
+    desk.answer("lm.2", spec.find("lm.2").wrong[0].patched(solved("lm.2")))
+    readme = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- transcript -->")[1].split("<!-- end of transcript -->")[0]
+    shown = block.strip().removeprefix("```text\n$ pytest exercises/\n")
+    assert steady(shown.removesuffix("```")) == desk.grade()[1]

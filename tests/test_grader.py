@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from grader import compare, gradebook, live, notebooks, workers
+from grader.cell import Answer
 from grader.compare import Tolerance
-from grader.judge import Answer
 from grader.verdict import FAILED, PASSED, Verdict
 
 from tests.learner import CHAPTER, Desk, solved
@@ -192,12 +192,22 @@ def test_ten_megabytes_of_print_are_cut_and_shown():
         "    print('z' * 10_000_000)\n    return x"
     )
     assert "row 11\n" in said.text() and "row 12" not in said.text()
-    assert "lines more" in said.text()
+    assert "... and 19 lines more" in said.text()
     assert len(said.text()) < 2_000
     quiet = judge(
         "def softmax(x):\n    import os\n    os.write(1, b'loud')\n    return x"
     )
     assert "loud" not in quiet.text()
+
+
+def test_only_the_failing_case_shows_its_prints():
+    said = judge(
+        "def softmax(x):\n    print('shape', x.shape)\n"
+        "    e = np.exp(x)\n    return e / e.sum(-1, keepdims=True)"
+    )
+    assert said.headline == "Looks like: no maximum subtracted"
+    assert "case 3 of 6" in said.detail and "is nan, expected" in said.detail
+    assert said.printed == "shape (1, 4)\n"
 
 
 def test_a_limit_on_memory_leaves_the_next_answer_alone():
@@ -283,8 +293,8 @@ def test_tiny_numbers_are_compared_too():
 @pytest.fixture
 def kernel(monkeypatch, tmp_path):
     """A notebook's history; its saved file is another matter."""
-    cells: list[str] = []
-    shell = SimpleNamespace(user_ns={"In": cells})
+    raw = SimpleNamespace(input_hist_raw=[""])
+    shell = SimpleNamespace(history_manager=raw)
     monkeypatch.setattr(live, "in_notebook", lambda: shell)
     saved: dict[str, list] = {}
     monkeypatch.setattr(live, "saved_places", lambda: saved)
@@ -292,7 +302,7 @@ def kernel(monkeypatch, tmp_path):
     def save(id_: str, text: str) -> None:
         saved[id_] = [notebooks.Place(id_, tmp_path / CHAPTER, 4, text)]
 
-    return SimpleNamespace(run=cells.append, save=save)
+    return SimpleNamespace(run=raw.input_hist_raw.append, save=save)
 
 
 def printed(capsys) -> str:
@@ -314,6 +324,43 @@ def test_check_judges_what_was_run_last(kernel, capsys):
     assert "minidsv3/primitives/numpy_ref.py" in said
 
 
+@pytest.mark.parametrize("first", ["%%time\n# exercise: lm.1\n", ""])
+def test_a_later_cell_without_its_first_line_is_not_passed_over(kernel, capsys, first):
+    kernel.run(solved("lm.1"))
+    kernel.run(f"{first}def softmax(x):\n    return 7")
+    live.check("lm.1")
+    said = printed(capsys)
+    assert "the cell run as [2] defines `softmax`" in said and "passed" not in said
+    assert not live.passed("lm.1")
+    live.check_all()
+    assert "0/11 passed" in printed(capsys)
+
+
+def test_a_magic_in_the_answer_is_seen_as_typed(kernel, capsys):
+    kernel.run("# exercise: lm.1\n%timeit 3\ndef softmax(x):\n    return x")
+    live.check("lm.1")
+    assert "A notebook command in the answer" in printed(capsys)
+
+
+def test_a_verdict_of_time_is_not_remembered(monkeypatch):
+    answers = iter(
+        [Verdict("lm.1", FAILED, gradebook.NO_ANSWER), Verdict("lm.1", PASSED)]
+    )
+    monkeypatch.setattr(gradebook, "judged", lambda answer: next(answers))
+    text = solved("lm.1") + "\n# slow\n"
+    states = [gradebook.verdict_on("lm.1", text, {}).state for _ in range(3)]
+    assert states == [FAILED, PASSED, PASSED]
+
+
+def test_an_interrupted_check_says_so(kernel, capsys, monkeypatch):
+    def interrupt(id_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live, "current_verdict", interrupt)
+    live.check("lm.1")
+    assert printed(capsys) == "lm.1: stopped.\n"
+
+
 def test_unsaved_answers_are_pointed_out(kernel, capsys):
     kernel.run(solved("lm.1"))
     live.check("lm.1")
@@ -330,7 +377,7 @@ def test_a_helper_in_another_cell_is_found(kernel, capsys):
     kernel.run("def helper(x):\n    return x")
     kernel.run("# exercise: lm.1\ndef softmax(x):\n    return helper(x)")
     live.check("lm.1")
-    assert "`helper` is defined in cell 1." in printed(capsys)
+    assert "`helper` is defined in cell [1]." in printed(capsys)
 
 
 def test_check_all_shows_the_whole_chapter(kernel, capsys):
@@ -341,7 +388,7 @@ def test_check_all_shows_the_whole_chapter(kernel, capsys):
     live.check_all()
     said = printed(capsys)
     assert said.count("\n") == 12
-    assert "✓ passed  lm.1" in said and "✗ failed  lm.3" in said
+    assert "✓ passed  lm.1     A softmax" in said and "✗ failed  lm.3     " in said
     assert said.rstrip().endswith("1/11 passed")
     assert live.passed("lm.1") and not live.passed("lm.3") and not live.passed("lm.2")
 
@@ -351,8 +398,8 @@ def test_hints_come_in_three_levels(capsys):
     assert capsys.readouterr().out.startswith("lm.1, hint 1 of 3: the idea\n  Adding")
     live.hint("lm.1", 3)
     assert "np.exp" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="there are hints 1 to 3"):
-        live.hint("lm.1", 4)
+    live.hint("lm.1", 4)
+    assert capsys.readouterr().out == "level 4: there are hints 1 to 3\n"
     live.hint("xy.1")
     assert "There is no exercise xy.1" in capsys.readouterr().out
     live.check("lm.99")

@@ -84,10 +84,11 @@ def test_check_names_what_has_drifted(desk):
 
 
 def change_upstream(desk: Desk) -> None:
-    """The next version: a sentence more, and an exercise renumbered away."""
+    """The next version: one heading is another."""
     source = desk.root / "solutions/01_transformer.py"
-    text = source.read_text().replace("# All heads of a", "# New: all heads of a")
-    source.write_text(text.replace("in, becomes an exact", "in, is made an exact"))
+    text = source.read_text()
+    assert text.count("Where is a byte?") == 1
+    source.write_text(text.replace("Where is a byte?", "Where is that byte?"))
 
 
 def test_update_puts_answers_and_own_cells_back(desk):
@@ -106,7 +107,7 @@ def test_update_puts_answers_and_own_cells_back(desk):
     cells = sources_of(desk)
     assert desk.text_of("lm.1") == solved("lm.1")
     assert "# so far" in desk.text_of("lm.3")
-    assert any("is made an exact" in text for text in cells)
+    assert any("Where is that byte?" in text for text in cells)
     assert cells[0] == "# My title"
     assert sum("My remark." in text for text in cells) == 1
     assert cells.count(OWN) == 1
@@ -185,7 +186,7 @@ def test_update_pulls_past_answers(cloned):
     git(upstream.root, "commit", "-qam", "two")
     ran = learner.command("update", "--pull")
     assert ran.returncode == 0, ran.stderr
-    assert "is made an exact" in learner.path().read_text()
+    assert "Where is that byte?" in learner.path().read_text()
     assert learner.text_of("lm.1") == solved("lm.1")
     assert OWN in sources_of(learner)
 

@@ -30,7 +30,7 @@ from cosmic_ray.mutating import mutate_code
 sys.path.insert(0, str(Path(__file__).parents[1] / "exercises"))
 
 from grader import judge, spec, workers  # noqa: E402
-from grader.judge import Answer  # noqa: E402
+from grader.cell import Answer  # noqa: E402
 from grader.source import exercises, find  # noqa: E402
 from grader.verdict import FAILED, PASSED  # noqa: E402
 

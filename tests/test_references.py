@@ -26,7 +26,7 @@ from .oracles import AUTOGRAD, DIFFERENCES, central_differences, relative_error
 sys.path.insert(0, str(Path(__file__).parents[1] / "exercises"))
 
 from grader import spec  # noqa: E402
-from grader.judge import reference_function  # noqa: E402
+from grader.cell import reference_function  # noqa: E402
 from grader.source import exercises, find  # noqa: E402
 
 FORWARD = 1e-12  # relative, float64: the same sums in another order

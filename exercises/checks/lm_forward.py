@@ -47,6 +47,14 @@ SOFTMAX = Check(
             "keepdims=True.",
         ),
         Wrong(
+            "one maximum and one sum for the whole array",
+            "    e = np.exp(x - x.max(axis=-1, keepdims=True))\n"
+            "    e /= e.sum(axis=-1, keepdims=True)\n",
+            "    e = np.exp(x - x.max())\n    e /= e.sum()\n",
+            "Each row is a distribution of its own. Both the maximum and the sum run "
+            "over the last axis, with keepdims=True.",
+        ),
+        Wrong(
             "softmax over the first axis",
             "e.sum(axis=-1, keepdims=True)",
             "e.sum(axis=0, keepdims=True)",

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+NO_ANSWER = "No answer in time: an endless loop?"
+
 
 class TimeUp(BaseException):
     """The time limit, raised inside the answer so that its line is known."""

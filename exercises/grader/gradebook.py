@@ -1,30 +1,34 @@
 """From saved notebooks to verdicts: the same for pytest, `check` and `check_all`."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
-from grader.judge import Answer
+from grader.cell import Answer
+from grader.complaint import NO_ANSWER
 from grader.notebooks import Place, elsewhere
 from grader.source import Exercise, exercises, find
-from grader.verdict import FAILED, PASSED, TODO, Verdict
-from grader.workers import judged
+from grader.verdict import FAILED, PASSED, STUB, TODO, Verdict
+from grader.workers import ENDED, judged
 
 
 def verdict_on(
-    id_: str, text: str, answers: Mapping[str, str], cells: Iterable[str] = ()
+    id_: str,
+    text: str,
+    answers: Mapping[str, str],
+    cells: Iterable[str] = (),
+    numbering: str = "cell {}",
 ) -> Verdict:
     """Judge one cell. ``answers`` holds the learner's other cells, for `assembles`;
     ``cells`` all code cells, to find a helper that is defined in the wrong one.
     """
     exercise = find(id_)
     if exercise.is_stub(text):
-        return Verdict(id_, TODO)
+        return Verdict(id_, TODO, STUB)
     if waiting := waits_for(exercise, answers):
         return waiting
     parts = {part: answers[part] for part in exercise.assembles}
-    verdict = _cached(id_, text, tuple(parts.items()))
+    verdict = _remembered(id_, text, parts)
     if verdict.unknown_name:
-        said = elsewhere(verdict.unknown_name, cells, text)
+        said = elsewhere(verdict.unknown_name, cells, text, numbering)
         verdict = verdict.noting(*[said] * bool(said))
     return verdict
 
@@ -42,9 +46,18 @@ def waits_for(exercise: Exercise, answers: Mapping[str, str]) -> Verdict | None:
     return Verdict(exercise.id, TODO, f"It waits for {', '.join(open_)}.")
 
 
-@lru_cache(maxsize=256)
-def _cached(id_: str, text: str, parts: tuple) -> Verdict:
-    return judged(Answer(id_, text, dict(parts)))
+def _remembered(id_: str, text: str, parts: dict[str, str]) -> Verdict:
+    """The same text gets the same verdict, unless time or memory spoke."""
+    key = (id_, text, *parts.items())
+    if key not in _KNOWN:
+        verdict = judged(Answer(id_, text, parts))
+        if verdict.headline in (NO_ANSWER, ENDED):
+            return verdict
+        _KNOWN[key] = verdict
+    return _KNOWN[key]
+
+
+_KNOWN: dict[tuple, Verdict] = {}
 
 
 def contradiction(id_: str, places: list[Place]) -> Verdict:
@@ -64,7 +77,7 @@ def unheard_of(id_: str) -> Verdict:
     known = ", ".join(close or sorted(chapters))
     return Verdict(
         id_, FAILED, f"There is no exercise {id_}",
-        f"The first line of an answer cell names it. There are {known}.",
+        f"There are {known}.",
     )  # fmt: skip
 
 

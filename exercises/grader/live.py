@@ -5,6 +5,7 @@ saved file is read too, for `pytest` will see that one.
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from textwrap import indent
@@ -14,25 +15,30 @@ from grader import notebooks, report, spec
 from grader.gradebook import unheard_of, verdict_on
 from grader.notebooks import NotebookError, Place, plain
 from grader.source import SourceError, exercises, find, identity
-from grader.verdict import FAILED, PASSED, TODO, Verdict, wrapped
+from grader.verdict import FAILED, PASSED, TODO, Verdict, state_shown, wrapped
 from grader.workers import warm_up
 
 LEVELS = ("the idea", "the call and its shapes", "nearly the code")
-UNSAVED = "Not saved yet: pytest would grade another version. Press Ctrl+S."
+UNSAVED = (
+    "Not saved yet, or not run since: run the cell, then press Ctrl+S.\n"
+    "pytest grades what is saved."
+)
 
 
 def check(id_: str) -> None:
     """Judge your answer as it was last run in this notebook, and print the verdict."""
-    cells = history()
-    answers = latest(cells)
     if id_ not in exercises():
         print(unheard_of(id_).text(colour=True))
         return
-    if id_ not in answers:
-        print(f"{id_}: run its cell first (the one that begins # exercise: {id_}).")
+    try:
+        verdict = current_verdict(id_)
+    except NotRun as reason:
+        print(f"{id_}: {reason}")
         return
-    verdict = verdict_on(id_, answers[id_], {**saved_answers(), **answers}, cells)
-    if verdict.state != TODO and not is_saved(id_, answers[id_]):
+    except KeyboardInterrupt:
+        print(f"{id_}: stopped.")
+        return
+    if verdict.state != TODO and not is_saved(id_, latest(history())[id_]):
         verdict = verdict.noting(UNSAVED)
     if verdict.state == PASSED and (after := following(id_)):
         verdict = verdict.noting(f"next: {after}")
@@ -41,41 +47,72 @@ def check(id_: str) -> None:
     print(verdict.text(colour=True))
 
 
-def passed(id_: str) -> bool:
-    """Whether your answer, as it was last run in this notebook, passes."""
+class NotRun(Exception):
+    """There is no answer to judge; says what to do."""
+
+
+def current_verdict(id_: str) -> Verdict:
+    """The verdict on the cell as it was last run. Raises NotRun."""
     cells = history()
     answers = latest(cells)
+    if nameless := without_identity(id_, cells):
+        raise NotRun(
+            f"the cell run as [{nameless}] defines `{find(id_).name}`, but its first "
+            f"line is not `# exercise: {id_}`. Put that line on top and run it again."
+        )
     if id_ not in answers:
-        return False
+        raise NotRun(f"run its cell first (the one that begins # exercise: {id_}).")
     known = {**saved_answers(), **answers}
-    return verdict_on(id_, answers[id_], known, cells).state == PASSED
+    return verdict_on(id_, answers[id_], known, cells, numbering="cell [{}]")
+
+
+def without_identity(id_: str, cells: Sequence[str]) -> int | None:
+    """Number of a later cell that defines the function and does not say whose it is."""
+    name = find(id_).name
+    for number in range(len(cells), 0, -1):
+        cell = cells[number - 1]
+        if identity(cell) == id_:
+            return None
+        if identity(cell) is None and re.search(rf"^(def|class) {name}\b", cell, re.M):
+            return number
+    return None
+
+
+def passed(id_: str) -> bool:
+    """Whether your answer, as it was last run in this notebook, passes."""
+    try:
+        return current_verdict(id_).state == PASSED
+    except NotRun:
+        return False
 
 
 def check_all() -> None:
     """Judge every answer that was run in this notebook; one line each, and a bar."""
-    cells = history()
-    answers = latest(cells)
-    chapters = {find(id_).notebook for id_ in answers if id_ in exercises()}
+    ran = [id_ for id_ in latest(history()) if id_ in exercises()]
+    chapters = {find(id_).notebook for id_ in ran}
     if not chapters:
         print("No answer cell was run in this notebook yet.")
         return
-    known = {**saved_answers(), **answers}
     states = {}
     for id_, exercise in exercises().items():
         if exercise.notebook not in chapters:
             continue
-        verdict = Verdict(id_, TODO)
-        if id_ in answers:
-            verdict = verdict_on(id_, answers[id_], known, cells)
+        try:
+            verdict = current_verdict(id_)
+        except NotRun as reason:
+            verdict = Verdict(id_, TODO, str(reason).split(" (")[0])
         states[id_] = verdict.state
-        headline = f"  {verdict.headline}" if verdict.headline else ""
-        print(Verdict(id_, verdict.state).text(colour=True) + headline)
-    print("\n".join(report.footer(states, {}, ())[:1]))
+        said = verdict.headline if verdict.state != PASSED else exercise.title
+        print(f"{state_shown(verdict.state, colour=True, width=6)}  {id_:8} {said}")
+    print(report.bar(sum(s == PASSED for s in states.values()), len(states)))
 
 
 def hint(id_: str, level: int = 1) -> None:
     """Print a hint: 1 the idea, 2 the call and its shapes, 3 nearly the code."""
-    print(hint_text(id_, level))
+    try:
+        print(hint_text(id_, level))
+    except ValueError as error:
+        print(error)
 
 
 def hint_text(id_: str, level: int = 1) -> str:
@@ -96,9 +133,11 @@ def following(id_: str) -> str | None:
 
 
 def history() -> Sequence[str]:
-    """The cells that were run in this kernel, oldest first. Empty outside Jupyter."""
+    """The cells that were run in this kernel, as typed. Empty outside Jupyter."""
     shell = in_notebook()
-    return [plain(cell) for cell in shell.user_ns.get("In", ())] if shell else ()
+    if not shell:
+        return ()
+    return [plain(cell) for cell in shell.history_manager.input_hist_raw[1:]]
 
 
 def in_notebook() -> Any:

@@ -124,12 +124,12 @@ def defines(cell: str, name: str) -> bool:
     return False
 
 
-def elsewhere(name: str, cells: Iterable[str], own: str) -> str:
+def elsewhere(name: str, cells: Iterable[str], own: str, numbering: str) -> str:
     """What to say of a name that the answer uses and another cell defines, or ""."""
     for number, cell in enumerate(cells, start=1):
         if cell.strip() != own.strip() and defines(cell, name):
             return (
-                f"`{name}` is defined in cell {number}. The grader runs the answer's "
-                "cell alone: move it there."
+                f"`{name}` is defined in {numbering.format(number)}. The grader runs "
+                "the answer's cell alone: move it there."
             )
     return ""

@@ -5,7 +5,8 @@ from textwrap import fill, indent
 
 TODO, FAILED, PASSED = "todo", "failed", "passed"
 SIGNS = {TODO: "·", FAILED: "✗", PASSED: "✓"}
-COLOURS = {TODO: "33", FAILED: "31", PASSED: "32"}  # yellow, red, green
+COLOURS = {TODO: "34", FAILED: "31", PASSED: "32"}  # blue, red, green
+STUB = "The stub is still there."
 PRINTED_LINES = 12  # of an answer's own prints, at most
 
 
@@ -31,15 +32,21 @@ class Verdict:
         parts = [self.headline, indent(wrapped(self.advice), "  "), self.detail]
         if self.printed and self.state == FAILED:
             parts += ["your cell printed:", indent(shortened(self.printed), "  ")]
-        return "\n".join([part for part in parts if part] + list(self.notes))
+        above = "\n".join(part for part in parts if part)
+        gap = [""] * bool(self.detail and self.notes)
+        return "\n".join([*filter(None, [above]), *gap, *self.notes])
 
     def text(self, colour: bool = False) -> str:
         """What `check` prints: a line with the state, the rest indented below."""
-        line = f"{SIGNS[self.state]} {self.state}"
-        if colour:
-            line = f"\033[{COLOURS[self.state]}m{line}\033[0m"
+        line = f"{state_shown(self.state, colour)}  {self.id}"
         body = self.body()
-        return f"{line}  {self.id}" + ("\n" + indent(body, "  ") if body else "")
+        return line + ("\n" + indent(body, "  ") if body else "")
+
+
+def state_shown(state: str, colour: bool, width: int = 0) -> str:
+    """A state with its sign, and in its colour."""
+    text = f"{SIGNS[state]} {state:{width}}"
+    return f"\033[{COLOURS[state]}m{text}\033[0m" if colour else text
 
 
 def wrapped(text: str) -> str:

@@ -15,13 +15,15 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import FrameType, ModuleType
 
-from grader.complaint import TimeUp
-from grader.judge import Answer, grade
+from grader.cell import Answer
+from grader.complaint import NO_ANSWER, TimeUp
+from grader.judge import grade
 from grader.source import EXERCISES, exercises, find
 from grader.verdict import FAILED, Verdict
 
 SECONDS = 10.0
 GRACE = 2.0  # for an answer that sits in one call of C code, or swallows the signal
+ENDED = "The answer ended its process"
 MEMORY = 2 * 2**30  # bytes beyond what a process has when it starts
 HAS_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if HAS_FORK else "spawn")
@@ -75,12 +77,12 @@ def _wait(ours: Connection, answer: Answer, seconds: float) -> Verdict:
             case = message
     except EOFError:
         return Verdict(
-            answer.id, FAILED, "The answer ended its process",
+            answer.id, FAILED, ENDED,
             "It crashed, or called os._exit, or needed more memory than there is.",
             detail=case,
         )  # fmt: skip
     return Verdict(
-        answer.id, FAILED, "No answer in time: an endless loop?",
+        answer.id, FAILED, NO_ANSWER,
         f"It was stopped after {seconds:.0f} seconds.", detail=case,
     )  # fmt: skip
 

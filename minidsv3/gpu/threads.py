@@ -249,7 +249,7 @@ class Block:
         return list(groups.values())
 
     def _exchange(self, group: list[Thread]) -> None:
-        """Carry out an operation of a warp; after syncwarp its lanes see what all did."""
+        """Carry out a warp's operation; after syncwarp its lanes see what all did."""
         self.launch.warp_operations += 1
         combine = WARP_OPS[group[0].request.op]
         try:
