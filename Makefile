@@ -62,7 +62,7 @@ test: lint ## Run every test that needs no GPU
 test-cuda: $(call where,$(CUDA),test cuda) ## Run the tests of the CUDA kernels
 	@$(call if_any,$(CUDA),$(PYTEST) tests/cuda $(ARGS),There are no CUDA tests yet.)
 
-grade: $(call where,$(EXERCISES),test) ## Grade your answers to the exercises
+grade: $(call where,$(EXERCISES),lab) ## Grade your answers to the exercises
 	@$(call if_any,$(EXERCISES),$(PYTEST) exercises $(ARGS),There are no exercises yet.)
 
 lab: $(call where,$(EXERCISES),lab) ## Open the exercises in JupyterLab
