@@ -447,6 +447,49 @@ def across_warps(x):
     x[t ^ 32] += 1
 
 
+def neighbour_after(meet):
+    """Each lane reads what its neighbour wrote, after the lanes have met so."""
+
+    def kernel(out):
+        t = cuda.threadIdx.x
+        tile = cuda.shared.array(32, np.int32)
+        tile[t] = t
+        meet()
+        out[t] = tile[(t + 1) % 32]
+
+    return kernel
+
+
+VALUES_ONLY = {
+    "shuffle": lambda: cuda.shfl_xor_sync(0xFFFFFFFF, 1, 1),
+    "ballot": lambda: cuda.ballot_sync(0xFFFFFFFF, True),
+    "any": lambda: cuda.any_sync(0xFFFFFFFF, True),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("meet", VALUES_ONLY.values(), ids=VALUES_ONLY)
+def test_only_syncwarp_orders_memory(meet: Callable, order: str | int) -> None:
+    """CUDA's guide: shuffles and votes imply no memory barrier, syncwarp does."""
+    out = np.zeros(32, np.int32)
+    with pytest.raises(RaceError):
+        launch(neighbour_after(meet), 1, 32, out, order=order)
+    launch(neighbour_after(cuda.syncwarp), 1, 32, out, order=order)
+    assert out.tolist() == [*range(1, 32), 0]
+
+
+def test_memory_begins_poisoned() -> None:
+    """Whatever reads it without asking finds NaN, not a zero that happens to be."""
+    found = []
+
+    def kernel():
+        found.append(cuda.shared.array(2, np.float32).data.copy())
+        found.append(cuda.local.array(2, np.float64).data.copy())
+
+    launch(kernel, 1, 1)
+    assert all(np.isnan(array).all() for array in found)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_syncwarp_orders_no_two_warps(order: str | int) -> None:
     with pytest.raises(RaceError):
