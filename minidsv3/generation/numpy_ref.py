@@ -6,7 +6,7 @@ import numpy as np
 
 from minidsv3.config import Config
 from minidsv3.model.numpy_ref import forward, new_caches
-from minidsv3.primitives.numpy_ref import softmax
+from minidsv3.primitives.numpy_ref import draw, softmax
 
 Array = np.ndarray
 
@@ -44,19 +44,6 @@ def check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, must be above 0 and at most 1")
-
-
-def draw(law: Array, rng: np.random.Generator) -> Array:
-    """One token a row: law (B, V) -> ids (B,), by inverting the cumulative sum."""
-    u = rng.random((len(law), 1)) * law.sum(axis=-1, keepdims=True)  # (B, 1)
-    cumulative = np.cumsum(law, axis=-1)  # (B, V)
-    return np.minimum((cumulative <= u).sum(axis=-1), _last_possible(law))
-
-
-def _last_possible(law: Array) -> Array:
-    """Last id with any probability: rounding must not push a draw beyond it."""
-    V = law.shape[-1]
-    return V - 1 - np.argmax(law[:, ::-1] > 0, axis=-1)  # (B)
 
 
 def stream(
