@@ -6,6 +6,7 @@ The map, mechanism by implementation. Imports point downwards only::
     training                 numpy_ref · run_folder
     generation               numpy_ref
     model                    numpy_ref
+    mtp                      numpy_ref
     primitives               numpy_ref · attention_numpy_ref
     parameters               names and shapes of every parameter
     checkpoints              models on disk, in DeepSeek's layout
@@ -16,6 +17,6 @@ The map, mechanism by implementation. Imports point downwards only::
     checks                   what its numbers must be
     files                    replaced whole or not at all
 
-Multi-token prediction, the mixture of experts and multi-head latent attention get a
-room each; ``parameters`` and ``config`` know their shapes already.
+The mixture of experts and multi-head latent attention get a room each, as multi-token
+prediction has; ``parameters`` and ``config`` know their shapes already.
 """
