@@ -545,3 +545,68 @@ def test_bfloat16_files_can_be_read(tmp_path) -> None:
 def test_each_layer_needs_a_cache() -> None:
     with pytest.raises(ValueError, match="1 caches for 2 layers"):
         model.forward(fresh(), SMALL, ids(), model.new_caches(SMALL, 8)[:1])
+
+
+# --- files of models with MTP -------------------------------------------------------
+
+MTP = dataclasses.replace(SMALL, num_nextn_predict_layers=2)
+COPIES = {
+    f"model.layers.{layer}.{copy}": first
+    for layer in (2, 3)
+    for copy, first in checkpoints.COPIES.items()
+}
+
+
+def test_the_modules_copies_stand_in_the_file_and_not_in_memory(tmp_path) -> None:
+    """Facts C.1: the released file repeats embedding and head in the module."""
+    params = parameters.initialise(MTP, 0, 0.1)
+    checkpoints.save(tmp_path, params, MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    assert sorted(tensors) == sorted([*params, *COPIES])
+    assert "model.layers.2.shared_head.head.weight" in tensors
+    for copy, first in COPIES.items():
+        np.testing.assert_array_equal(tensors[copy], params[first])
+    again, config = checkpoints.load(tmp_path)
+    assert config == MTP and sorted(again) == sorted(params)
+    assert all((again[k] == params[k]).all() for k in params)
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_that_differs_is_refused(tmp_path, copy: str) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(MTP, 0, 0.1), MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    tensors[copy][0, 0] += 1
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, tensors, {})
+    with pytest.raises(checkpoints.CheckpointError, match=f"{copy} differs from"):
+        checkpoints.load(tmp_path)
+
+
+def test_a_file_without_mtp_weights_is_the_main_model(tmp_path) -> None:
+    params = parameters.initialise(MTP, 0, 0.1)
+    MTP.to_json(tmp_path)
+    main = parameters.initialise(SMALL, 0, 0.1)
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, main, {})
+    with pytest.warns(checkpoints.CheckpointNotice, match="no MTP weights.*is 2"):
+        again, config = checkpoints.load(tmp_path)
+    assert config == SMALL
+    assert all((again[k] == params[k]).all() for k in again)
+
+
+@pytest.mark.parametrize(
+    ("absent", "error"),
+    [
+        ("model.layers.3.", checkpoints.CheckpointError),
+        ("model.layers.2.embed_tokens.weight", checkpoints.CheckpointError),
+        ("model.layers.3.shared_head.head.weight", checkpoints.CheckpointError),
+        ("model.layers.2.enorm.weight", parameters.ParameterError),
+        ("lm_head.weight", checkpoints.CheckpointError),
+    ],
+)
+def test_a_file_with_some_mtp_weights_is_refused(tmp_path, absent: str, error) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(MTP, 0, 0.1), MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    kept = {k: a for k, a in tensors.items() if not k.startswith(absent)}
+    assert len(kept) < len(tensors)
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, kept, {})
+    with pytest.raises(error, match=absent):
+        checkpoints.load(tmp_path)

@@ -182,9 +182,13 @@ def loss_and_grads(
     grads = backward(dlogits, saved, dh)
     for name, grad in grads_mtp.items():  # embedding and head are shared: they add up
         grads[name] = grads[name] + grad if name in grads else grad
-    names = {f"mtp_{k}": value for k, value in enumerate(further, start=1)}
-    total = loss + weight * sum(further)
-    return {"main": loss, **names, "total": total}, grads, {}
+    values = [loss, *further, loss + weight * sum(further)]
+    return dict(zip(loss_names(config), values, strict=True)), grads, {}
+
+
+def loss_names(config: Config) -> list[str]:
+    """The keys of the losses that `loss_and_grads` returns, in their order."""
+    return ["main", *(f"mtp_{k}" for k in _depths(config)), "total"]
 
 
 # --- multi-token prediction ---------------------------------------------------------
@@ -247,10 +251,8 @@ def mtp_step(
     which is the module's own. Raises ValueError for a model without modules and for
     ids outside the vocabulary, FloatingPointError for logits that are not finite.
     """
-    if config.num_nextn_predict_layers == 0:
-        raise ValueError(
-            "num_nextn_predict_layers is 0: this model has no module to draft with"
-        )
+    _check_has_module(config)
+    check(params, config)
     ids = _checked_ids(ids)
     _check_length(cache.length + ids.shape[1], config)
     e, _ = embedding_forward(ids, params["model.embed_tokens.weight"])
@@ -301,6 +303,12 @@ def new_caches(config: Config, capacity: int) -> list[Cache]:
     return [Cache(capacity) for _ in range(config.num_hidden_layers)]
 
 
+def new_mtp_cache(config: Config, capacity: int) -> Cache:
+    """An empty cache for `mtp_step`. Raises ValueError for a model without modules."""
+    _check_has_module(config)
+    return Cache(capacity)
+
+
 def check_supported(config: Config) -> None:
     """Raise NotImplementedError for a config with mechanisms not built here yet."""
     asked = {
@@ -331,6 +339,14 @@ def _check_length(length: int, config: Config) -> None:
         raise ValueError(
             f"{length} positions asked for, but max_position_embeddings is "
             f"{config.max_position_embeddings}; shorten the text or raise the limit"
+        )
+
+
+def _check_has_module(config: Config) -> None:
+    if config.num_nextn_predict_layers == 0:
+        raise ValueError(
+            "num_nextn_predict_layers is 0: the model has no MTP module to draft with; "
+            "generate without speculation, or train one with such a module"
         )
 
 
