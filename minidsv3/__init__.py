@@ -3,6 +3,7 @@
 The map, mechanism by implementation. Imports point downwards only::
 
     __main__                 the command line
+    options                  what the command line can say
     training                 numpy_ref · run_folder
     generation               numpy_ref
     model                    numpy_ref
