@@ -3,9 +3,11 @@
 The map, mechanism by implementation. Imports point downwards only::
 
     __main__      the command line
+    options       what its words mean
     training      numpy_ref · run_folder
     generation    numpy_ref
     model         numpy_ref
+    mtp           numpy_ref
     primitives    numpy_ref · attention_numpy_ref
     gpu           simulator · dialect · threads · warps · memory · binding · reports
     parameters    names and shapes of every parameter
@@ -17,6 +19,6 @@ The map, mechanism by implementation. Imports point downwards only::
     checks        what its numbers must be
     files         replaced whole or not at all
 
-Multi-token prediction, the mixture of experts and multi-head latent attention get a
-room each; ``parameters`` and ``config`` know their shapes already.
+The mixture of experts and multi-head latent attention get a room each; ``parameters``
+and ``config`` know their shapes already.
 """

@@ -5,9 +5,9 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,25 +15,14 @@ from typing import Any
 import numpy as np
 
 from minidsv3 import checkpoints, config, corpus, parameters
-
-PRESETS = {"plain": config.PLAIN}
-
-RECIPE = {  # options of `train` that are fields of TrainConfig
-    "steps": "optimiser steps",
-    "batch_size": "sequences a step",
-    "sequence_length": "tokens a sequence",
-    "learning_rate": "peak learning rate",
-    "min_learning_rate": "learning rate of the last step",
-    "warmup_steps": "steps of linear warm-up",
-    "seed": "seed of weights and batches",
-}
+from minidsv3.options import BadOption, configs, parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 after Ctrl-C, 2 for bad input."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return COMMANDS[options.command](options)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -55,16 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-class BadOption(ValueError):
-    """A command-line value that cannot be used."""
-
-
 def _train(options: argparse.Namespace) -> int:
     from minidsv3.model.numpy_ref import check_supported
     from minidsv3.training import numpy_ref as training
     from minidsv3.training import run_folder
 
-    model, recipe = _configs(options)
+    model, recipe = configs(options)
     check_supported(model)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
@@ -129,8 +114,7 @@ def _training_loop(
     with progress, _ctrl_c_finishes_the_step() as asked:
         for record in training.train(state, model, recipe, text.train):
             run_folder.append_log(out, record)
-            bits = record.losses["main"] / math.log(2)
-            progress.set_postfix_str(f"{bits:.3f} bits per byte")
+            progress.set_postfix_str(_in_bits(record.losses))
             progress.update()
             if asked.stop:
                 break
@@ -138,6 +122,14 @@ def _training_loop(
                 save()
     save()
     return not asked.stop
+
+
+def _in_bits(losses: dict[str, float]) -> str:
+    """The main loss, and behind it those of the MTP modules."""
+    further = (n for n in losses if n not in ("main", "total"))
+    said = [f"{losses['main'] / math.log(2):.3f} bits per byte"]
+    said += [f"{name} {losses[name] / math.log(2):.3f}" for name in further]
+    return ", ".join(said)
 
 
 @contextmanager
@@ -160,13 +152,13 @@ def _ctrl_c_finishes_the_step() -> Iterator[SimpleNamespace]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from minidsv3.generation.numpy_ref import check_sampling, stream
+    from minidsv3.generation.numpy_ref import check_sampling
 
     try:
         check_sampling(options.temperature, options.top_p)
     except ValueError as error:
         raise BadOption(str(error)) from error
-    params, model = checkpoints.load(options.model)
+    params, model = _load(options.model)
     longest = model.max_position_embeddings
     prompt = np.array([corpus.BOUNDARY])  # without a prompt, begin a document
     if options.prompt:
@@ -185,19 +177,46 @@ def _generate(options: argparse.Namespace) -> int:
             f"{len(prompt)} tokens this model has room for 1 to {room}"
         )
     _write(prompt)
-    new = stream(
-        params,
-        model,
-        prompt[None],
-        options.max_new_tokens,
-        options.temperature,
-        options.top_p,
-        options.seed,
-    )
-    for ids in new:
+    sampling = (options.temperature, options.top_p, options.seed)
+    asked = (params, model, prompt[None], options.max_new_tokens, *sampling)
+    drafting = model.num_nextn_predict_layers > 0 and not options.no_speculative
+    (_write_speculating if drafting else _write_stream)(asked)
+    return 0
+
+
+def _write_stream(asked: tuple) -> None:
+    from minidsv3.generation.numpy_ref import stream
+
+    for ids in stream(*asked):
         _write(ids)
     print()
-    return 0
+
+
+def _write_speculating(asked: tuple) -> None:
+    """The text, and on stderr what became of the drafts."""
+    from minidsv3.generation.numpy_ref import speculate
+
+    for new, so_far in speculate(*asked):
+        _write(new[0])
+        counts = so_far
+    print()
+    if counts.drafts:
+        print(
+            f"{counts.accepted} of {counts.drafts} drafts kept "
+            f"({counts.acceptance:.0%}), {counts.tokens_per_pass:.2f} tokens a pass of "
+            "the trunk",
+            file=sys.stderr,
+        )
+
+
+def _load(folder: str) -> tuple[dict[str, np.ndarray], config.Config]:
+    """The model in a folder; what is remarkable about its file goes to stderr."""
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", checkpoints.CheckpointNotice)
+        params, model = checkpoints.load(folder)
+    for notice in notices:
+        print(f"minidsv3: {notice.message}", file=sys.stderr)
+    return params, model
 
 
 def _write(ids: np.ndarray) -> None:
@@ -210,7 +229,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from minidsv3.training import run_folder
     from minidsv3.training.numpy_ref import evaluate
 
-    params, model = checkpoints.load(options.model)
+    params, model = _load(options.model)
     trained_length, trained_text = run_folder.identity(Path(options.model))
     length = options.sequence_length or trained_length or model.max_position_embeddings
     if length > model.max_position_embeddings:
@@ -227,135 +246,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _configs(options: argparse.Namespace) -> tuple[config.Config, config.TrainConfig]:
-    """The preset and the default recipe with the options' changes, validated."""
-    model, recipe = PRESETS[options.preset], config.TrainConfig()
-    sizes: dict[str, Any] = {}
-    changes = {
-        k: getattr(options, k) for k in RECIPE if getattr(options, k) is not None
-    }
-    for assignment in options.set:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise BadOption(f"--set {assignment}: write FIELD=VALUE")
-        if name in _field_names(model):
-            sizes[name] = _literal(value)
-        elif name in _field_names(recipe):
-            changes[name] = _literal(value)
-        else:
-            raise BadOption(f"--set {name}: neither Config nor TrainConfig has it")
-    # all at once: two changes may be possible only together
-    model = replace(model, **sizes)
-    recipe = replace(recipe, **_fitting(recipe, changes), **changes)
-    if model.vocab_size < corpus.VOCAB_SIZE:
-        raise BadOption(
-            f"vocab_size = {model.vocab_size}: text needs {corpus.VOCAB_SIZE}, a row "
-            "for each byte and one for the boundary"
-        )
-    if recipe.sequence_length > model.max_position_embeddings:
-        raise BadOption(
-            f"--sequence-length {recipe.sequence_length} is beyond the model's "
-            f"max_position_embeddings {model.max_position_embeddings}"
-        )
-    return model, recipe
-
-
-def _fitting(recipe: config.TrainConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """Defaults that a short run or a low rate would contradict, made to fit."""
-    limits = {"warmup_steps": "steps", "min_learning_rate": "learning_rate"}
-    return {
-        name: min(getattr(recipe, name), changes[limit])
-        for name, limit in limits.items()
-        if name not in changes and isinstance(changes.get(limit), int | float)
-    }
-
-
-def _field_names(instance: Any) -> set[str]:
-    return {f.name for f in fields(instance)}
-
-
-def _literal(text: str) -> Any:
-    """A Python literal if it is one (12, 1e-3, None), else the text itself."""
-    import ast
-
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minidsv3", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    train = commands.add_parser("train", help="train a model on text")
-    train.set_defaults(run=_train)
-    train.add_argument("--out", required=True, help="folder of the run")
-    _text_option(train)
-    train.add_argument(
-        "--preset", choices=sorted(PRESETS), default="plain",
-        help="the model to start from (default: %(default)s)",
-    )  # fmt: skip
-    defaults = config.TrainConfig()
-    for name, meaning in RECIPE.items():
-        value = getattr(defaults, name)
-        train.add_argument(
-            "--" + name.replace("_", "-"), type=type(value), metavar="N",
-            help=f"{meaning} (default: {value})",
-        )  # fmt: skip
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="change any field of Config or TrainConfig; may be repeated",
-    )  # fmt: skip
-    train.add_argument(
-        "--resume", action="store_true", help="continue the run in --out"
-    )
-    train.add_argument("--save-every", type=_positive, default=100, metavar="STEPS")
-    train.add_argument("--backend", choices=["numpy"], default="numpy")
-
-    generate = commands.add_parser("generate", help="continue a text")
-    generate.set_defaults(run=_generate)
-    _model_option(generate)
-    generate.add_argument("--prompt", default="", help="text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument(
-        "--seed", type=_whole, metavar="N", help="the same seed, the same text"
-    )
-
-    evaluate = commands.add_parser("evaluate", help="bits per byte on held-out text")
-    evaluate.set_defaults(run=_evaluate)
-    _model_option(evaluate)
-    _text_option(evaluate)
-    evaluate.add_argument(
-        "--sequence-length", type=_positive, metavar="N",
-        help="bytes of a window (default: as the model was trained)",
-    )  # fmt: skip
-    return parser
-
-
-def _text_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--text", metavar="PATH",
-        help="a text file or a folder (default: the sources of Python's library)",
-    )  # fmt: skip
-
-
-def _model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder that training wrote")
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _whole(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not a positive whole number")
-    return int(text)
+COMMANDS = {"train": _train, "generate": _generate, "evaluate": _evaluate}
 
 
 if __name__ == "__main__":

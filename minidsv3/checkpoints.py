@@ -1,10 +1,13 @@
 """Models on disk in DeepSeek's layout: ``config.json`` and ``model.safetensors``.
 
-The file is where NumPy, PyTorch and Hugging Face transformers meet. Weights of the
-plain transformer have the same names in memory and in the file.
+The file is where NumPy, PyTorch and Hugging Face transformers meet. Weights have the
+same names in memory and in the file; the file also has, in each MTP module, copies of
+embedding and head, which are written on saving and compared on loading.
 """
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401, it teaches NumPy the name of bfloat16
@@ -19,8 +22,19 @@ from minidsv3.parameters import ParameterError, check, first_not_finite
 WEIGHTS = "model.safetensors"
 
 
+# Copies in an MTP module: name in the module -> the parameter that it repeats.
+COPIES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
+
+
 class CheckpointError(ValueError):
     """A file that is missing, broken, or does not belong to its config."""
+
+
+class CheckpointNotice(UserWarning):
+    """Something about a file that its user should know, though it can be read."""
 
 
 def save(folder: str | Path, params: Mapping[str, np.ndarray], config: Config) -> None:
@@ -41,7 +55,8 @@ def save(folder: str | Path, params: Mapping[str, np.ndarray], config: Config) -
         )
     folder = Path(folder)
     config.to_json(folder)
-    write_tensors(folder / WEIGHTS, params, {"format": "np"})
+    copies = {name: params[first] for name, first in _copies(config).items()}
+    write_tensors(folder / WEIGHTS, {**params, **copies}, {"format": "np"})
 
 
 def load(
@@ -49,8 +64,10 @@ def load(
 ) -> tuple[dict[str, np.ndarray], Config]:
     """Read a model: its parameters, converted to ``dtype``, and its config.
 
-    Raises CheckpointError for a missing or broken file, ParameterError for tensors
-    that do not fit the config.
+    A file that has none of the MTP weights is read as a model without MTP modules, with
+    a `CheckpointNotice`. Raises CheckpointError for a missing or broken file, or one
+    whose MTP modules have other embeddings or heads than the model; ParameterError for
+    tensors that do not fit the config.
     """
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file():
@@ -59,9 +76,54 @@ def load(
         )
     config = Config.from_json(folder)
     tensors, _ = read_tensors(folder / WEIGHTS)
+    config = _without_absent_modules(tensors, config, folder)
+    _drop_copies(tensors, config, folder)
     params = {name: a.astype(dtype, copy=False) for name, a in tensors.items()}
     check(params, config)
     return params, config
+
+
+def _module_prefixes(config: Config) -> list[str]:
+    L, depths = config.num_hidden_layers, config.num_nextn_predict_layers
+    return [f"model.layers.{L + depth}." for depth in range(depths)]
+
+
+def _copies(config: Config) -> dict[str, str]:
+    """Name in the file -> the parameter it repeats, for every MTP module."""
+    prefixes = _module_prefixes(config)
+    return {p + name: first for p in prefixes for name, first in COPIES.items()}
+
+
+def _without_absent_modules(
+    tensors: Mapping[str, np.ndarray], config: Config, folder: Path
+) -> Config:
+    """The config of what is there: some files leave all MTP modules out."""
+    prefixes = tuple(_module_prefixes(config))
+    if not prefixes or any(name.startswith(prefixes) for name in tensors):
+        return config
+    warnings.warn(
+        f"{folder / WEIGHTS} holds no MTP weights, though num_nextn_predict_layers is "
+        f"{len(prefixes)}: it is read as a model without MTP modules",
+        CheckpointNotice,
+        stacklevel=3,
+    )
+    return replace(config, num_nextn_predict_layers=0)
+
+
+def _drop_copies(tensors: dict[str, np.ndarray], config: Config, folder: Path) -> None:
+    """Take the modules' copies out, having compared them: there is one embedding."""
+    for name, first in _copies(config).items():
+        if name not in tensors or first not in tensors:
+            missing = first if name in tensors else name
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has MTP weights but no {missing}; a file must "
+                "have every MTP weight or none"
+            )
+        if not np.array_equal(tensors.pop(name), tensors[first]):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} differs from {first}, but MTP modules "
+                "share embedding and head with the model"
+            )
 
 
 def write_tensors(

@@ -16,7 +16,7 @@ from minidsv3.__main__ import main
 from minidsv3.checkpoints import read_tensors
 from minidsv3.config import TrainConfig
 from minidsv3.corpus import encode, load_corpus
-from minidsv3.generation.numpy_ref import generate
+from minidsv3.generation.numpy_ref import generate, speculate
 from minidsv3.training import run_folder
 from minidsv3.training.numpy_ref import evaluate, new_state, train
 
@@ -168,7 +168,7 @@ def wait_for_log(log: Path, rows: int) -> None:
         (["--set", "hidden_size"], "write FIELD=VALUE"),
         (["--set", "num_key_value_heads=3"], "num_key_value_heads"),
         (["--set", "kv_lora_rank=8"], "kv_lora_rank"),
-        (["--set", "num_nextn_predict_layers=1"], "plain transformer only"),
+        (["--mtp", "128"], "leaves MTP module 128 nothing to predict"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--sequence-length", "999"], "max_position_embeddings 512"),
         (["--steps", "0"], "steps"),
@@ -288,3 +288,79 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path, text: Path) -> None:
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+# --- multi-token prediction ---------------------------------------------------------
+
+
+def test_a_model_with_mtp_from_training_to_text(
+    tmp_path: Path, text: Path, capfdbinary
+) -> None:
+    """Losses in the log, the module in the file, drafts counted on stderr."""
+    out = tmp_path / "run"
+    given = [*TRAIN, "--text", str(text), "--out", str(out), "--steps", "4"]
+    assert main([*given, "--mtp", "2", "--backend", "numpy"]) == 0
+    said = capfdbinary.readouterr()
+    assert b"mtp_1" in said.err and b"mtp_2" in said.err
+    header, *rows = (out / "log.csv").read_text().splitlines()
+    assert header.split(",")[5:] == ["main_nats", "mtp_1_nats", "mtp_2_nats"]
+    for row in rows:
+        total, main_nats, *further = map(float, np.array(row.split(","))[[1, 5, 6, 7]])
+        weight = 0.1 if row.startswith("4,") else 0.3  # 3 of 4 steps begin early
+        assert total == pytest.approx(main_nats + weight / 2 * sum(further), rel=1e-6)
+    params, config = checkpoints.load(out)
+    assert config.num_nextn_predict_layers == 2
+
+    assert main(["evaluate", "--model", str(out), "--text", str(text)]) == 0
+    capfdbinary.readouterr()
+    asked = ["generate", "--model", str(out), "--prompt", "line", "--temperature", "0"]
+    asked += ["--max-new-tokens", "40"]
+    assert main(asked) == 0
+    speculative = capfdbinary.readouterr()
+    *_, (_, counts) = speculate(params, config, encode("line")[None].astype(int), 40)
+    assert speculative.err.decode() == (
+        f"{counts.accepted} of {counts.drafts} drafts kept ({counts.acceptance:.0%}), "
+        f"{counts.tokens_per_pass:.2f} tokens a pass of the trunk\n"
+    )
+    assert main([*asked, "--no-speculative"]) == 0
+    plain = capfdbinary.readouterr()
+    assert plain.out == speculative.out and plain.err == b""
+
+
+def test_a_run_with_mtp_resumes_bit_for_bit(tmp_path: Path, text: Path) -> None:
+    """Over the step where λ falls: 13 of 20 steps begin before 10/14.8 of them."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    given = [*TRAIN, "--mtp", "1", "--text", text, "--steps", "20", "--save-every", "1"]
+    assert minidsv3(*given, "--out", whole).returncode == 0
+    command = [sys.executable, "-m", "minidsv3", *map(str, given), "--out", broken]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_log(broken / "log.csv", rows=3)
+    process.kill()
+    process.wait()
+    done = int(read_tensors(broken / run_folder.STATE)[1]["step"])
+    assert done < 20, "it ended before it was killed"
+    assert minidsv3(*given, "--out", broken, "--resume").returncode == 0
+    assert (broken / checkpoints.WEIGHTS).read_bytes() == (
+        whole / checkpoints.WEIGHTS
+    ).read_bytes()
+    logs = [(f / "log.csv").read_text().splitlines() for f in (whole, broken)]
+    losses = [[row.split(",")[:4] + row.split(",")[5:] for row in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 21
+
+
+def test_a_file_without_its_modules_is_read_with_a_notice(
+    tmp_path: Path, text: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    given = [*TRAIN, "--text", str(text), "--out", str(out), "--steps", "1"]
+    assert main([*given, "--mtp", "1", "--warmup-steps", "1"]) == 0
+    tensors, _ = read_tensors(out / checkpoints.WEIGHTS)
+    main_model = {k: a for k, a in tensors.items() if "layers.1." not in k}
+    checkpoints.write_tensors(out / checkpoints.WEIGHTS, main_model, {})
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(out), "--text", str(text)]) == 0
+    assert (
+        "minidsv3: " in (said := capsys.readouterr().err) and "no MTP weights" in said
+    )

@@ -77,14 +77,14 @@ def rotary(config: Config) -> tuple[torch.Tensor, float]:
     return torch.tensor(theta, dtype=torch.float64), m * m * d**-0.5
 
 
-def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
-    """The plain transformer in torch's own operations; RoPE as a matrix per pair."""
-    B, T = tokens.shape
+def torch_block(w: dict, config: Config, x: torch.Tensor) -> torch.Tensor:
+    """One block in torch's own operations; RoPE as a matrix per pair."""
+    B, T, _ = x.shape
     eps = config.rms_norm_eps
     theta, scale = rotary(config)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * theta
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
-    turn = turn.unflatten(-1, (2, 2)).to(p["lm_head.weight"].dtype)
+    turn = turn.unflatten(-1, (2, 2)).to(x.dtype)
 
     def heads(x: torch.Tensor, n: int) -> torch.Tensor:
         return x.view(B, T, n, -1).transpose(1, 2)
@@ -94,25 +94,32 @@ def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
             "tjrc,bhtjc->bhtjr", turn, x.unflatten(-1, (-1, 2))
         ).flatten(-2)
 
+    u = F.rms_norm(x, x.shape[-1:], w["input_layernorm.weight"], eps)
+    q = rotate(heads(u @ w["self_attn.q_proj.weight"].T, config.num_attention_heads))
+    n_kv = config.num_key_value_heads
+    k = rotate(heads(u @ w["self_attn.k_proj.weight"].T, n_kv))
+    v = heads(u @ w["self_attn.v_proj.weight"].T, n_kv)
+    o = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True, scale=scale
+    )
+    x = x + o.transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
+    u = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], eps)
+    gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
+    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+
+
+def torch_trunk(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the final norm."""
     x = F.embedding(tokens, p["model.embed_tokens.weight"])
     for layer in range(config.num_hidden_layers):
         w = {k: p[f"model.layers.{layer}.{k}"] for k in LAYER_KEYS}
-        u = F.rms_norm(x, x.shape[-1:], w["input_layernorm.weight"], eps)
-        q = rotate(
-            heads(u @ w["self_attn.q_proj.weight"].T, config.num_attention_heads)
-        )
-        n_kv = config.num_key_value_heads
-        k = rotate(heads(u @ w["self_attn.k_proj.weight"].T, n_kv))
-        v = heads(u @ w["self_attn.v_proj.weight"].T, n_kv)
-        o = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True, scale=scale
-        )
-        x = x + o.transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
-        u = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], eps)
-        gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
-        x = x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
-    x = F.rms_norm(x, x.shape[-1:], p["model.norm.weight"], eps)
-    return x @ p["lm_head.weight"].T
+        x = torch_block(w, config, x)
+    return F.rms_norm(x, x.shape[-1:], p["model.norm.weight"], config.rms_norm_eps)
+
+
+def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
+    """The plain transformer in torch's own operations."""
+    return torch_trunk(p, config, tokens) @ p["lm_head.weight"].T
 
 
 LAYER_KEYS = [
@@ -312,25 +319,11 @@ def test_parameters_of_another_model_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "off",
-    [
-        {},
-        {"num_nextn_predict_layers": 0},
-        {
-            "kv_lora_rank": None,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 0,
-            "num_nextn_predict_layers": 0,
-        },
-    ],
+    [{}, {"kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0}],
 )
 def test_mechanisms_that_are_not_built_are_refused(off: dict) -> None:
-    with pytest.raises(NotImplementedError, match="plain transformer only"):
+    with pytest.raises(NotImplementedError, match="plain attention and dense"):
         model.forward({}, dataclasses.replace(TINY, **off), ids())
-
-
-def test_a_prediction_module_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="num_nextn_predict_layers=1"):
-        model.check_supported(dataclasses.replace(SMALL, num_nextn_predict_layers=1))
 
 
 # --- parameters ---------------------------------------------------------------------
@@ -552,3 +545,68 @@ def test_bfloat16_files_can_be_read(tmp_path) -> None:
 def test_each_layer_needs_a_cache() -> None:
     with pytest.raises(ValueError, match="1 caches for 2 layers"):
         model.forward(fresh(), SMALL, ids(), model.new_caches(SMALL, 8)[:1])
+
+
+# --- files of models with MTP -------------------------------------------------------
+
+MTP = dataclasses.replace(SMALL, num_nextn_predict_layers=2)
+COPIES = {
+    f"model.layers.{layer}.{copy}": first
+    for layer in (2, 3)
+    for copy, first in checkpoints.COPIES.items()
+}
+
+
+def test_the_modules_copies_stand_in_the_file_and_not_in_memory(tmp_path) -> None:
+    """Facts C.1: the released file repeats embedding and head in the module."""
+    params = parameters.initialise(MTP, 0, 0.1)
+    checkpoints.save(tmp_path, params, MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    assert sorted(tensors) == sorted([*params, *COPIES])
+    assert "model.layers.2.shared_head.head.weight" in tensors
+    for copy, first in COPIES.items():
+        np.testing.assert_array_equal(tensors[copy], params[first])
+    again, config = checkpoints.load(tmp_path)
+    assert config == MTP and sorted(again) == sorted(params)
+    assert all((again[k] == params[k]).all() for k in params)
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_that_differs_is_refused(tmp_path, copy: str) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(MTP, 0, 0.1), MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    tensors[copy][0, 0] += 1
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, tensors, {})
+    with pytest.raises(checkpoints.CheckpointError, match=f"{copy} differs from"):
+        checkpoints.load(tmp_path)
+
+
+def test_a_file_without_mtp_weights_is_the_main_model(tmp_path) -> None:
+    params = parameters.initialise(MTP, 0, 0.1)
+    MTP.to_json(tmp_path)
+    main = parameters.initialise(SMALL, 0, 0.1)
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, main, {})
+    with pytest.warns(checkpoints.CheckpointNotice, match="no MTP weights.*is 2"):
+        again, config = checkpoints.load(tmp_path)
+    assert config == SMALL
+    assert all((again[k] == params[k]).all() for k in again)
+
+
+@pytest.mark.parametrize(
+    ("absent", "error"),
+    [
+        ("model.layers.3.", checkpoints.CheckpointError),
+        ("model.layers.2.embed_tokens.weight", checkpoints.CheckpointError),
+        ("model.layers.3.shared_head.head.weight", checkpoints.CheckpointError),
+        ("model.layers.2.enorm.weight", parameters.ParameterError),
+        ("lm_head.weight", checkpoints.CheckpointError),
+    ],
+)
+def test_a_file_with_some_mtp_weights_is_refused(tmp_path, absent: str, error) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(MTP, 0, 0.1), MTP)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    kept = {k: a for k, a in tensors.items() if not k.startswith(absent)}
+    assert len(kept) < len(tensors)
+    checkpoints.write_tensors(tmp_path / checkpoints.WEIGHTS, kept, {})
+    with pytest.raises(error, match=absent):
+        checkpoints.load(tmp_path)

@@ -13,6 +13,7 @@ from minidsv3 import parameters
 from minidsv3.config import PLAIN, TrainConfig
 from minidsv3.generation import numpy_ref as generation
 from minidsv3.model import numpy_ref as model
+from minidsv3.mtp import numpy_ref as mtp
 from minidsv3.primitives import attention_numpy_ref as attention
 from minidsv3.primitives import numpy_ref as primitives
 from tests.shapes import checked_shapes, parse_shapes, unannotated
@@ -210,24 +211,30 @@ def test_every_reshape_says_its_shape(file) -> None:
     assert not lines, f"{file}: no shape comment on line {lines}"
 
 
-def test_the_plain_model_says_true_shapes() -> None:
-    """Forward, backward and generation, with widths that are all different."""
-    config = replace(
-        PLAIN,
-        vocab_size=31,
-        hidden_size=20,
-        intermediate_size=14,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        qk_rope_head_dim=4,
-        v_head_dim=5,
-    )
+ODD = replace(  # widths that are all different
+    PLAIN,
+    vocab_size=31,
+    hidden_size=20,
+    intermediate_size=14,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+)
+
+
+@pytest.mark.parametrize("modules", [0, 2])
+def test_the_model_says_true_shapes(modules: int) -> None:
+    """Forward, backward and generation, with MTP and without."""
+    config = replace(ODD, num_nextn_predict_layers=modules)
     params = parameters.initialise(config, seed=0, std=0.02)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, size=(3, 8))
-    modules = (primitives, attention, model, generation)
-    with checked_shapes(*modules) as report:
+    with checked_shapes(primitives, attention, mtp, model, generation) as report:
         model.loss_and_grads(params, config, ids, TrainConfig())
-        generation.generate(params, config, ids[:, :4], 3, temperature=0.7, top_p=0.9)
-    assert len(report.exercised) >= 40
+        sampling = {"temperature": 0.7, "top_p": 0.9, "speculative": modules > 0}
+        generation.generate(params, config, ids[:, :4], 3, **sampling)
+    assert len(report.exercised) >= (60 if modules else 40)
+    missed = {s.first for s in report.unexercised if s.file == mtp.__file__}
+    assert not (modules and missed)

@@ -1,7 +1,8 @@
 r"""The model in NumPy: embedding, blocks, final norm, head, and all of it backwards.
 
 Chapter 1's plain transformer is what stands here: pre-norm blocks of attention and
-SwiGLU. Parameters are one flat dict under DeepSeek's names (`minidsv3.parameters`).
+SwiGLU. With ``num_nextn_predict_layers`` it trains the modules of `minidsv3.mtp` too.
+Parameters are one flat dict under DeepSeek's names (`minidsv3.parameters`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minidsv3.config import Config, TrainConfig
+from minidsv3.mtp import numpy_ref as mtp
 from minidsv3.parameters import check, cut, first_not_finite, prefixed
 from minidsv3.primitives.attention_numpy_ref import (
     Cache,
@@ -122,7 +124,8 @@ def forward(
 ) -> tuple[Array, tuple]:
     """Logits of the next token at every position: ids (B, T) -> (B, T, vocab).
 
-    Raises ParameterError for parameters that do not fit the config, ValueError for ids
+    MTP modules are not asked: without them the logits are the same. Raises
+    ParameterError for parameters that do not fit the config, ValueError for ids
     that are no integers, lie outside the vocabulary or exceed
     ``max_position_embeddings``, FloatingPointError for logits that are not finite
     (naming the parameter that is not, if one is).
@@ -136,11 +139,20 @@ def forward(
     return logits, (saved_trunk, saved_head)
 
 
-def backward(dlogits: Array, saved: tuple) -> Params:
-    """Gradient of every parameter, given that of the logits (B, T, vocab)."""
+def backward(dlogits: Array, saved: tuple, dh_further: Array | float = 0.0) -> Params:
+    """Gradients of trunk and head, given that of the logits (B, T, vocab).
+
+    dh_further (B, T, D) is what others who read the hidden states send back to them.
+    """
     saved_trunk, saved_head = saved
     dh, dW_head = linear_backward(dlogits, saved_head)
+    dh = dh + dh_further
     return {**trunk_backward(dh, saved_trunk), "lm_head.weight": dW_head}
+
+
+def hidden_states(saved: tuple) -> Array:
+    """What the head read, inside what `forward` saved: (B, T, D), after the norm."""
+    return saved[1][0]
 
 
 def loss_and_grads(
@@ -148,17 +160,141 @@ def loss_and_grads(
 ) -> tuple[dict[str, float], Params, dict]:
     """Losses (nats a token), gradients and statistics of one batch.
 
-    ids (B, T+1): the first T columns are read, the last T are predicted.
-    train_config weighs the further losses of models that have them; a plain
-    transformer has none. Returns ``({"main", "total"}, grads, stats)``.
+    ids (B, T+1): the first T columns are read, the last T are predicted. The losses are
+    "main" and "total", and of a model with D MTP modules "mtp_1" … "mtp_D" too:
+    total = main + λ/D · their sum (DeepSeek-V3 report, eq. 25), with λ =
+    train_config.mtp_weight; the training loop puts the λ of each step there. Returns
+    ``(losses, grads, stats)``. Raises ValueError if T is not at least D + 1.
     """
     ids = _checked_ids(ids)
     if ids.shape[1] < 2:
         raise ValueError(f"ids of shape {ids.shape}: needs two columns at least")
+    D = config.num_nextn_predict_layers
+    mtp.check_depths(ids, D)
     logits, saved = forward(params, config, ids[:, :-1])
     loss, saved_loss = cross_entropy_forward(logits, ids[:, 1:])
-    grads = backward(cross_entropy_backward(1.0, saved_loss), saved)
-    return {"main": loss, "total": loss}, grads, {}
+    dlogits = cross_entropy_backward(1.0, saved_loss)
+    if D == 0:
+        return {"main": loss, "total": loss}, backward(dlogits, saved), {}
+    further, saved_mtp = mtp_losses(params, config, ids, hidden_states(saved))
+    weight = train_config.mtp_weight / D
+    dh, grads_mtp = mtp_losses_backward(weight, saved_mtp, config)
+    grads = backward(dlogits, saved, dh)
+    for name, grad in grads_mtp.items():  # embedding and head are shared: they add up
+        grads[name] = grads[name] + grad if name in grads else grad
+    values = [loss, *further, loss + weight * sum(further)]
+    return dict(zip(loss_names(config), values, strict=True)), grads, {}
+
+
+def loss_names(config: Config) -> list[str]:
+    """The keys of the losses that `loss_and_grads` returns, in their order."""
+    return ["main", *(f"mtp_{k}" for k in _depths(config)), "total"]
+
+
+# --- multi-token prediction ---------------------------------------------------------
+
+
+def mtp_losses(
+    params: Params, config: Config, ids: Array, h: Array
+) -> tuple[list[float], list]:
+    """Losses L^1 … L^D of the MTP modules, from the trunk's h (B, T, D): eqs. 21-24.
+
+    The embedding is looked up a second time, and the head reads each depth's states:
+    both are the trunk's own. Depth k averages over its T - k targets.
+    """
+    e, saved_embed = embedding_forward(ids[:, :-1], params["model.embed_tokens.weight"])
+    modules = [_module(params, config, k) for k in _depths(config)]
+    block = _mtp_block(config, h.dtype)
+    states, saved_chain = mtp.chain_forward(modules, h, e, block, config.rms_norm_eps)
+    losses, saved_heads = [], []
+    for k, h_k in enumerate(states, start=1):
+        logits, saved_head = linear_forward(h_k, params["lm_head.weight"])
+        _check_finite(logits, params)
+        loss, saved_loss = cross_entropy_forward(logits, mtp.targets(ids, k))
+        losses.append(loss)
+        saved_heads.append((saved_head, saved_loss))
+    return losses, [saved_embed, saved_chain, saved_heads]
+
+
+def mtp_losses_backward(
+    dloss: float, saved: list, config: Config
+) -> tuple[Array, Params]:
+    """Gradients of the further losses, each weighed with dloss (λ / D).
+
+    Returns dh (B, T, D), which flows on into the whole trunk, and the gradients of the
+    modules, of the head (a sum over depths) and of the embedding.
+    """
+    saved_embed, saved_chain, saved_heads = saved
+    dstates, dW_heads = [], []
+    for saved_head, saved_loss in saved_heads:
+        dlogits = cross_entropy_backward(dloss, saved_loss)
+        dh_k, dW_head = linear_backward(dlogits, saved_head)
+        dstates.append(dh_k)
+        dW_heads.append(dW_head)
+    dh, de, grads_modules = mtp.chain_backward(dstates, saved_chain)
+    grads = {
+        "lm_head.weight": sum(dW_heads),
+        "model.embed_tokens.weight": embedding_backward(de, saved_embed),
+    }
+    for k, grads_module in zip(_depths(config), grads_modules, strict=True):
+        grads |= prefixed(_module_prefix(config, k), grads_module)
+    return dh, grads
+
+
+def mtp_step(
+    params: Params, config: Config, h: Array, ids: Array, cache: Cache
+) -> Array:
+    """Logits of module 1 for drafting: it reads the pairs (h_i, t_{i+1}).
+
+    h (B, T, D) are `hidden_states`, ids (B, T) the tokens one place further on; the
+    logits (B, T, vocab) at i are for t_{i+2}. The pairs continue what the cache holds,
+    which is the module's own. Raises ValueError for a model without modules and for
+    ids outside the vocabulary, FloatingPointError for logits that are not finite.
+    """
+    _check_has_module(config)
+    check(params, config)
+    ids = _checked_ids(ids)
+    _check_length(cache.length + ids.shape[1], config)
+    e, _ = embedding_forward(ids, params["model.embed_tokens.weight"])
+    block = _mtp_block(config, h.dtype, cache)
+    module = _module(params, config, 1)
+    h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
+    logits, _ = linear_forward(h_1, params["lm_head.weight"])
+    _check_finite(logits, params)
+    return logits
+
+
+def _depths(config: Config) -> range:
+    return range(1, config.num_nextn_predict_layers + 1)
+
+
+def _module_prefix(config: Config, k: int) -> str:
+    """Module k follows the L layers as block L + k - 1."""
+    return f"model.layers.{config.num_hidden_layers + k - 1}."
+
+
+def _module(params: Params, config: Config, k: int) -> Params:
+    return cut(params, _module_prefix(config, k))
+
+
+def _mtp_block(
+    config: Config, dtype: np.dtype, cache: Cache | None = None
+) -> mtp.Block:
+    """The block of a module, with positions counted from 0 at every depth.
+
+    The token at i stands at i + k, but only differences matter to rotated positions.
+    """
+
+    def forward(params: Params, x: Array) -> tuple[Array, tuple]:
+        start = cache.length if cache else 0
+        positions = np.arange(start, start + x.shape[1])
+        rotation = rope_rotation(positions, rope_frequencies(config), dtype)
+        return block_forward(params, x, config, rotation, cache)
+
+    return mtp.Block(forward, block_backward)
+
+
+# --- the border ---------------------------------------------------------------------
 
 
 def new_caches(config: Config, capacity: int) -> list[Cache]:
@@ -167,19 +303,24 @@ def new_caches(config: Config, capacity: int) -> list[Cache]:
     return [Cache(capacity) for _ in range(config.num_hidden_layers)]
 
 
+def new_mtp_cache(config: Config, capacity: int) -> Cache:
+    """An empty cache for `mtp_step`. Raises ValueError for a model without modules."""
+    _check_has_module(config)
+    return Cache(capacity)
+
+
 def check_supported(config: Config) -> None:
     """Raise NotImplementedError for a config with mechanisms not built here yet."""
     asked = {
         "kv_lora_rank": config.kv_lora_rank,
         "n_routed_experts": config.n_routed_experts,
-        "num_nextn_predict_layers": config.num_nextn_predict_layers or None,
     }
     for field, value in asked.items():
         if value is not None:
             raise NotImplementedError(
-                f"{field}={value}: the NumPy model knows the plain transformer only "
-                "so far; use a config with kv_lora_rank=None, n_routed_experts=None "
-                "and num_nextn_predict_layers=0, such as minidsv3.config.PLAIN"
+                f"{field}={value}: the NumPy model has plain attention and dense "
+                "feed-forwards only so far; use a config with kv_lora_rank=None and "
+                "n_routed_experts=None, such as minidsv3.config.PLAIN"
             )
 
 
@@ -198,6 +339,14 @@ def _check_length(length: int, config: Config) -> None:
         raise ValueError(
             f"{length} positions asked for, but max_position_embeddings is "
             f"{config.max_position_embeddings}; shorten the text or raise the limit"
+        )
+
+
+def _check_has_module(config: Config) -> None:
+    if config.num_nextn_predict_layers == 0:
+        raise ValueError(
+            "num_nextn_predict_layers is 0: the model has no MTP module to draft with; "
+            "generate without speculation, or train one with such a module"
         )
 
 

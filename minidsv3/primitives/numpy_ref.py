@@ -228,6 +228,22 @@ def cross_entropy_backward(dloss: float, saved: tuple) -> Array:
     return dz.reshape(shape)  # (..., V)
 
 
+# --- drawing a token ---------------------------------------------------------------
+
+
+def draw(law: Array, rng: np.random.Generator) -> Array:
+    """One token a row: law (B, V) -> ids (B,), by inverting the cumulative sum."""
+    u = rng.random((len(law), 1)) * law.sum(axis=-1, keepdims=True)  # (B, 1)
+    cumulative = np.cumsum(law, axis=-1)  # (B, V)
+    return np.minimum((cumulative <= u).sum(axis=-1), _last_possible(law))
+
+
+def _last_possible(law: Array) -> Array:
+    """Last id with any probability: rounding must not push a draw beyond it."""
+    V = law.shape[-1]
+    return V - 1 - np.argmax(law[:, ::-1] > 0, axis=-1)  # (B)
+
+
 # --- the feed-forward ---------------------------------------------------------------
 
 

@@ -7,13 +7,14 @@ weight decay 0.1, gradient norm clipped at 1, linear warm-up, cosine decay.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minidsv3.config import Config, TrainConfig
 from minidsv3.corpus import BOUNDARY, batch
 from minidsv3.model.numpy_ref import forward, loss_and_grads
+from minidsv3.mtp.numpy_ref import mtp_weight
 from minidsv3.parameters import first_not_finite
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
 
@@ -118,7 +119,8 @@ def train(
     while state.step < c.steps:
         began = time.perf_counter()
         ids = batch(tokens, c.batch_size, c.sequence_length, c.seed, state.step)
-        losses, grads, stats = loss_and_grads(state.params, config, ids, c)
+        now = replace(c, mtp_weight=mtp_weight(state.step + 1, c))
+        losses, grads, stats = loss_and_grads(state.params, config, ids, now)
         grad_norm = clip_gradients(grads, c.clip_norm)
         if not math.isfinite(grad_norm):  # before it reaches the parameters
             raise FloatingPointError(

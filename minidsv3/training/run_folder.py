@@ -4,11 +4,12 @@
 
     config.json  model.safetensors     the model, as `minidsv3.checkpoints` writes it
     training_state.safetensors         weights, both Adam moments, the step: to resume
-    log.csv                            one row a step
+    log.csv                            one row a step, with a column for each loss
 """
 
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from minidsv3 import checkpoints
 from minidsv3.checkpoints import CheckpointError, read_tensors, write_tensors
 from minidsv3.config import Config, TrainConfig
 from minidsv3.files import replacing
+from minidsv3.model.numpy_ref import loss_names
 from minidsv3.parameters import ParameterError, cut, first_not_finite, prefixed
 from minidsv3.training.numpy_ref import StepRecord, TrainState
 
@@ -79,7 +81,7 @@ def resume(folder: Path, config: Config, tc: TrainConfig, corpus: str) -> TrainS
                 "Give the same values again, or train into another folder"
             )
     step = int(metadata["step"])
-    _forget_rows_after(folder / LOG, step)
+    _forget_rows_after(folder / LOG, step, _columns(loss_names(config)))
     parts = (cut(tensors, f"{name}/") for name in ("params", "m", "v"))
     return TrainState(*parts, step)
 
@@ -92,7 +94,7 @@ def append_log(folder: Path, record: StepRecord) -> None:
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
-            writer.writerow(COLUMNS)
+            writer.writerow(_columns(record.losses))
         writer.writerow(
             [
                 record.step,
@@ -100,8 +102,19 @@ def append_log(folder: Path, record: StepRecord) -> None:
                 record.learning_rate,
                 record.grad_norm,
                 f"{record.seconds:.4f}",
+                *(record.losses[name] for name in _parts(record.losses)),
             ]
         )
+
+
+def _parts(losses: Iterable[str]) -> list[str]:
+    """The losses that the total is made of, if there are several."""
+    names = [name for name in losses if name != "total"]
+    return names if len(names) > 1 else []
+
+
+def _columns(losses: Iterable[str]) -> list[str]:
+    return COLUMNS + [f"{name}_nats" for name in _parts(losses)]
 
 
 def _identity(config: Config, tc: TrainConfig, corpus: str) -> dict[str, str]:
@@ -121,14 +134,14 @@ def _difference(found: str | None, wanted: str) -> str:
     return ", ".join(f"{n}: {then.get(n)} -> {now.get(n)}" for n in names)
 
 
-def _forget_rows_after(path: Path, step: int) -> None:
+def _forget_rows_after(path: Path, step: int, columns: list[str]) -> None:
     """Drop log rows of steps that were taken after the last save."""
     if not path.exists():
         return
     with open(path, newline="", errors="replace") as file:
         rows = list(csv.reader(file))
     # a row cut short by a kill has too few columns; the header has no number in front
-    whole = (r for r in rows if len(r) == len(COLUMNS) and r[0].isdecimal())
+    whole = (r for r in rows if len(r) == len(columns) and r[0].isdecimal())
     kept = [r for r in whole if int(r[0]) <= step]
     with replacing(path) as beside, open(beside, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *kept])
+        csv.writer(file).writerows([columns, *kept])
