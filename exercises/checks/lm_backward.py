@@ -13,7 +13,7 @@ def attention(
     do, q = normal(B, H, T, d_v, seed=seed), normal(B, H, T, d, seed=seed + 10)
     k, v = normal(B, S, d, seed=seed + 20), normal(B, S, d_v, seed=seed + 30)
     P = weights(B, H, T, S, seed=seed + 40)
-    label = f"{B} sequences, {H} heads, {T} queries, {S} keys, d={d}, d_v={d_v}"
+    label = f"B={B}, {H} heads, {T} queries, {S} keys, d={d}, d_v={d_v}"
     return Case(label, (do, q, k, v, P, scale))
 
 

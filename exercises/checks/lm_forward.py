@@ -8,6 +8,7 @@ from checks.draws import normal
 SOFTMAX = Check(
     "lm.1",
     returns=("p",),
+    exact_zeros=True,
     cases=lambda: [
         Case("two rows of three", (np.array([[0.0, 1.0, 3.0], [2.0, -1.0, 0.5]]),)),
         Case("three axes, none alike", (normal(2, 3, 5, seed=1, scale=3.0),)),
@@ -88,6 +89,7 @@ SOFTMAX = Check(
 CAUSAL = Check(
     "lm.2",
     returns=("P",),
+    exact_zeros=True,
     cases=lambda: [
         Case(
             "three positions",

@@ -1,5 +1,8 @@
 """Chapter 1, all of it together: the gradient of a model of one block."""
 
+from collections.abc import Callable
+
+from grader.compare import ByName, WrongForm
 from grader.spec import Case, Check, Wrong
 
 from checks.draws import normal, rng
@@ -23,7 +26,7 @@ def model(
         for number, (name, shape) in enumerate(zip(NAMES, shapes, strict=True))
     }
     ids = rng(seed).integers(0, V, (B, T + 1))
-    label = f"{B} sequences of {T}, V={V}, D={D}, {H} heads of {d}, I={wide}"
+    label = f"batch of {B}, {T} positions, V={V}, D={D}, {H} heads of {d}, I={wide}"
     return Case(label, (params, ids, H, eps))
 
 
@@ -32,18 +35,21 @@ def by_default(case: Case) -> Case:
     return Case(f"{case.label}; H and eps left out", case.args[:2])
 
 
-def loss_beside_grads(function, params: dict, *rest: object) -> object:
+def loss_beside_grads(function: Callable, params: dict, *rest: object) -> object:
     """The loss and the gradients in one dictionary: each is compared by its name."""
     value = function(params, *rest)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
-        return {"loss": value[0], **value[1]}
-    return value
+    if value is ... or value is None:
+        return value
+    if not (isinstance(value, tuple) and len(value) == 2 and type(value[1]) is dict):
+        raise WrongForm("Return two things: `return loss, grads`, a number and a dict.")
+    return ByName(loss=value[0], **value[1])
 
 
 ASSEMBLED = Check(
     "lm.11",
     returns=("loss", *NAMES),
     call=loss_beside_grads,
+    joint_scale=True,
     cases=lambda: [
         model(B=1, T=3, V=4, D=6, d=4, wide=5, H=2, eps=1e-6, seed=1),
         model(B=2, T=5, V=7, D=4, d=6, wide=3, H=3, eps=1e-2, seed=2),

@@ -19,8 +19,8 @@ __all__ = ["Complaint", "TimeUp", "ready", "with_arrays"]
 
 def with_arrays(function: Callable, check: Check, case: Case, first: bool) -> object:
     """Call on copies; afterwards the copies must still be what they were."""
-    given = copy.deepcopy(case.args)
-    value = kept(check.call(function, *given))
+    given, more = copy.deepcopy(case.args), copy.deepcopy(case.kwargs)
+    value = kept(check.call(function, *given, **more))
     for number, (now, before) in enumerate(zip(given, case.args, strict=True), start=1):
         if not untouched(now, before):
             return Complaint.mutated(number, value)
@@ -32,9 +32,10 @@ def kept(value: object) -> object:
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, tuple | list):
-        return type(value)([kept(item) for item in value])
+        items = [kept(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {key: kept(item) for key, item in value.items()}
+        return type(value)({key: kept(item) for key, item in value.items()})
     return value
 
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from grader.compare import WrongForm
 from grader.complaint import NO_ANSWER, TimeUp
 from grader.source import Exercise, defined_names, find
 
@@ -93,8 +94,8 @@ def _not_written(tree: ast.Module, exercise: Exercise) -> tuple[str, str]:
         if assigned or imported:
             return (
                 f"`{name}` is borrowed",
-                f"It is another function under this name. Write `def {name}(...)` "
-                "yourself, in this cell.",
+                f"It is imported or assigned. Write `def {name}(...)` yourself, in "
+                "this cell.",
             )
     there = f"; it defines `{found[-1]}`" if found else ""
     return (
@@ -184,6 +185,8 @@ def explained(error: BaseException) -> tuple[str, str]:
             f"Borrowed from {name}",
             f"The answer is to be written in this cell; `{name}` has it ready-made.",
         )
+    if isinstance(error, WrongForm):
+        return str(error), ""
     if isinstance(error, RecursionError):
         return "The function calls itself without end", place
     return f"{type(error).__name__}: {error}", place

@@ -6,12 +6,20 @@ kind of number, shape, finiteness, values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Number
 
 import numpy as np
 
+ROUNDING = 1e-13  # what float64 leaves of a zero
 SMALL = 24  # numbers of an array that is printed whole
 KINDS = {"b": "truth values", "O": "objects", "c": "complex numbers", "U": "text"}
+
+
+class ByName(dict):
+    """Results that a check's ``call`` has put under their names."""
+
+
+class WrongForm(Exception):
+    """What came back cannot be taken apart; the message is for the learner."""
 
 
 @dataclass(frozen=True)
@@ -20,25 +28,38 @@ class Tolerance:
 
     rtol: float
     atol: float
+    exact_zeros: bool = False
+    joint: bool = False
 
-    def agree(self, yours: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def agree(
+        self, yours: np.ndarray, expected: np.ndarray, scale: float | None = None
+    ) -> np.ndarray:
         """Entry by entry, infinities by sign and NaN with NaN."""
-        finite = expected[np.isfinite(expected)]
-        largest = np.abs(finite).max() if finite.size else 0.0
-        return np.isclose(
-            yours, expected, self.rtol, self.atol * largest, equal_nan=True
-        )
+        scale = largest(expected) if scale is None else scale
+        atol = self.atol * scale + ROUNDING
+        good = np.isclose(yours, expected, self.rtol, atol, equal_nan=True)
+        if self.exact_zeros:
+            good &= (expected != 0) | (yours == 0)
+        return good
+
+
+def largest(array: np.ndarray) -> float:
+    """The largest finite magnitude, 0 if there is none."""
+    finite = np.abs(array[np.isfinite(array)])
+    return float(finite.max()) if finite.size else 0.0
 
 
 def as_tuple(value: object, names: Sequence[str]) -> tuple | None:
     """The results one by one, or None where their number or names are not right."""
-    if isinstance(value, dict):
-        value = [value[name] for name in names] if set(value) == set(names) else []
-    elif len(names) == 1 and not isinstance(value, tuple):
-        value = [value]
-    if isinstance(value, tuple | list) and len(value) == len(names):
-        return tuple(value)
-    return None
+    if isinstance(value, ByName):
+        found = [value[name] for name in names] if set(value) == set(names) else []
+    elif len(names) == 1:
+        found = [] if isinstance(value, tuple | dict) else [value]
+    elif isinstance(value, tuple | list) or np.ndim(value):
+        found = list(value)
+    else:
+        found = []
+    return tuple(found) if len(found) == len(names) else None
 
 
 def fault(
@@ -51,12 +72,28 @@ def fault(
     if results is None:
         return _wrong_number(value, names)
     known_as = names if len(names) > 1 else ("The result",)
-    for check in (_placeholder, _kind, _shape, _finite):
-        for name, yours, right in zip(known_as, results, expected, strict=True):
-            if said := check(name, yours, np.asarray(right)):
+    table = [
+        (name, yours, np.asarray(right))
+        for name, yours, right in zip(known_as, results, expected, strict=True)
+    ]
+    for check in (_placeholder, _kind):
+        for name, yours, right in table:
+            if said := check(name, yours, right):
                 return said
-    for name, yours, right in zip(known_as, results, expected, strict=True):
-        if said := _values(name, np.asarray(yours), np.asarray(right), tolerance):
+    for name, yours, right in table:
+        if said := _shape(name, np.asarray(yours), right):
+            others = [
+                n for n, _, r in table if n != name and r.shape == np.shape(yours)
+            ]
+            return said + f" That is the shape of {others[0]}: exchanged?" * bool(
+                others
+            )
+    for name, yours, right in table:
+        if said := _finite(name, np.asarray(yours), right):
+            return said
+    scale = max(largest(right) for *_, right in table) if tolerance.joint else None
+    for name, yours, right in table:
+        if said := _values(name, np.asarray(yours), right, tolerance, scale):
             return said
     return None
 
@@ -68,21 +105,24 @@ def same(value: object, other: object, names: Sequence[str], tol: Tolerance) -> 
     mine, theirs = as_tuple(value, names), as_tuple(other, names)
     if mine is None or theirs is None:
         return mine is theirs
-    for one, two in zip(mine, theirs, strict=True):
-        one, two = _array(one), _array(two)
+    pairs = [(_array(a), _array(b)) for a, b in zip(mine, theirs, strict=True)]
+    for one, two in pairs:
         if one is None or two is None or one.shape != two.shape:
             return False
         if not (one.dtype.kind in "fiu" and two.dtype.kind in "fiu"):
             return False
-        if not tol.agree(one, two).all():
-            return False
-    return True
+    scale = max(largest(two) for _, two in pairs) if tol.joint else None
+    return all(tol.agree(one, two, scale).all() for one, two in pairs)
 
 
 def shown(array: object) -> str:
     """An array as it is printed: four digits, and no more than six lines."""
+    array = np.asarray(array)
+    if array.ndim == 0:
+        return f"{array[()]:.6g}" if array.dtype.kind in "fiu" else str(array[()])
+    whole = array.dtype.kind not in "f" or largest(array) > 1e-3
     text = np.array2string(
-        np.asarray(array), precision=4, suppress_small=True, threshold=SMALL,
+        array, precision=4, suppress_small=whole, threshold=SMALL,
         edgeitems=2, max_line_width=66,
     )  # fmt: skip
     lines = text.splitlines()
@@ -112,7 +152,7 @@ def _nothing(value: object) -> str:
 
 
 def _wrong_number(value: object, names: Sequence[str]) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, ByName):
         missing = [name for name in names if name not in value]
         extra = [str(key) for key in value if key not in names]
         said = [f"{', '.join(missing)} missing"] * bool(missing)
@@ -121,8 +161,13 @@ def _wrong_number(value: object, names: Sequence[str]) -> str:
     found = "one value"
     if isinstance(value, tuple | list):
         found = f"a {type(value).__name__} of {len(value)}"
+    elif isinstance(value, dict):
+        found = "a dictionary"
     wanted = f"{len(names)}: ({', '.join(names)})" if len(names) > 1 else "one array"
-    return f"Your function returns {found}; expected {wanted}."
+    comma = len(names) == 1 and isinstance(value, tuple) and len(value) == 1
+    return f"Your function returns {found}; expected {wanted}." + (
+        " A comma behind the value makes it a tuple." * comma
+    )
 
 
 def _placeholder(name: str, yours: object, expected: np.ndarray) -> str | None:
@@ -132,9 +177,9 @@ def _placeholder(name: str, yours: object, expected: np.ndarray) -> str | None:
 
 
 def _kind(name: str, yours: object, expected: np.ndarray) -> str | None:
-    array = _array(yours)
-    if array is None:
-        return f"{name} is a list of unequal rows; expected an array."
+    if isinstance(yours, list | tuple):
+        return f"{name} is a {type(yours).__name__}; expected an array."
+    array = np.asarray(yours)
     whole_expected = expected.dtype.kind in "iu"
     if array.dtype.kind in "iu" and not whole_expected:
         return f"{name} holds whole numbers ({array.dtype}); expected floats."
@@ -150,37 +195,43 @@ def _kind(name: str, yours: object, expected: np.ndarray) -> str | None:
     return None
 
 
-def _shape(name: str, yours: object, expected: np.ndarray) -> str | None:
-    array = np.asarray(yours)
-    if array.shape == expected.shape:
+def _shape(name: str, yours: np.ndarray, expected: np.ndarray) -> str | None:
+    if yours.shape == expected.shape:
         return None
-    said = f"{name} has shape {array.shape}, expected {expected.shape}."
-    if expected.ndim > 1 and array.shape == expected.shape[::-1]:
+    said = f"{name} has shape {yours.shape}, expected {expected.shape}."
+    if expected.ndim > 1 and yours.shape == expected.shape[::-1]:
         return said + " Is it transposed?"
-    if array.squeeze().shape == expected.squeeze().shape:
+    if yours.squeeze().shape == expected.squeeze().shape:
         return said + " An axis of length 1 makes the difference (keepdims?)."
-    if isinstance(yours, Number) or array.shape == ():
+    if yours.shape == ():
         return said + " Did a sum take all axes?"
+    if yours.ndim == expected.ndim + 1:
+        return said + " Is a sum over one axis missing?"
     return said
 
 
-def _finite(name: str, yours: object, expected: np.ndarray) -> str | None:
-    array = np.asarray(yours)
-    bad = ~np.isfinite(array) & np.isfinite(expected)
+def _finite(name: str, yours: np.ndarray, expected: np.ndarray) -> str | None:
+    bad = ~np.isfinite(yours) & np.isfinite(expected)
     if not bad.any():
         return None
     i = tuple(int(n) for n in np.argwhere(bad)[0])
     place = f"{name}{list(i)}" if i else name
-    return f"{place} is {array[i]}, expected {expected[i]:.4g}."
+    return f"{place} is {yours[i]}, expected {expected[i]:.4g}."
 
 
 def _values(
-    name: str, yours: np.ndarray, expected: np.ndarray, tolerance: Tolerance
+    name: str,
+    yours: np.ndarray,
+    expected: np.ndarray,
+    tolerance: Tolerance,
+    scale: float | None,
 ) -> str | None:
-    good = tolerance.agree(yours, expected)
+    good = tolerance.agree(yours, expected, scale)
     if good.all():
         return None
     said = f"{name}: {_pattern(yours, expected, good, tolerance)}"
+    if tolerance.exact_zeros and (good | (expected == 0)).all():
+        said = f"{name}: what should be exactly 0 is not"
     if expected.size <= SMALL:
         return f"{said}\n{beside(yours, expected)}"
     gap = np.where(good, 0, np.abs(np.nan_to_num(yours - expected, nan=np.inf)))

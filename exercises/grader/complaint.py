@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+ARGUMENT = "argument"  # its name is known where the exercise is
 NO_ANSWER = "No answer in time: an endless loop?"
 
 
@@ -17,14 +18,16 @@ class Complaint:
     advice: str
     value: object = None
     last: bool = False
+    argument: int = 0  # counted from 1, if it is about one
 
     @classmethod
     def mutated(cls, number: int, value: object) -> "Complaint":
         """An argument was written to."""
         return cls(
-            f"Your function changes its argument {number}",
+            f"Your function changes its {ARGUMENT}",
             "Whoever called it still needs that array. `x -= ...`, `x[...] = ...` and "
             "`out=x` write into it; make a new array.",
             value,
             last=True,
+            argument=number,
         )

@@ -29,6 +29,8 @@ def verdict_on(
     verdict = _remembered(id_, text, parts)
     if verdict.unknown_name:
         said = elsewhere(verdict.unknown_name, cells, text, numbering)
+        if verdict.unknown_name in ("check", "check_all", "hint"):
+            said = f"`{verdict.unknown_name}(...)` belongs into a cell of its own."
         verdict = verdict.noting(*[said] * bool(said))
     return verdict
 

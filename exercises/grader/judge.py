@@ -28,6 +28,7 @@ from grader.cell import (
     unknown,
 )
 from grader.compare import Tolerance, as_tuple, fault, same, shown
+from grader.complaint import ARGUMENT
 from grader.source import Exercise, find
 from grader.verdict import FAILED, PASSED, STUB, TODO, Verdict
 
@@ -101,7 +102,10 @@ def expectations(
     function = check.oracle or reference_function(exercise)
     called = check.oracle or partial(check.call, function)
     with np.errstate(all="ignore"):
-        right = [called(*copy.deepcopy(case.args)) for case in cases]
+        right = [
+            called(*copy.deepcopy(case.args), **copy.deepcopy(case.kwargs))
+            for case in cases
+        ]
     results = [as_tuple(value, check.returns) for value in right]
     if None in results:
         raise spec.SpecError(f"{check.id}: the reference does not give {check.returns}")
@@ -141,13 +145,17 @@ def judge(
     cases: Sequence[spec.Case],
 ) -> None:
     """Raise Fault if an outcome is wrong: the misconception's name, or what is seen."""
-    tolerance = Tolerance(check.rtol, check.atol)
+    tolerance = check.tolerance
     for number, (outcome, right, case) in enumerate(
         zip(outcomes, expected, cases, strict=False), start=1
     ):
         said, more = _complaint(outcome.value, right, check, tolerance)
         if said is None:
             continue
+        about = argument(outcome.value, exercise)
+        said = said.replace(ARGUMENT, about)
+        if "notes" in more:
+            more["notes"] = tuple(n.replace(ARGUMENT, about) for n in more["notes"])
         headline, _, seen = said.partition("\n")
         advice = more.pop("advice", "")
         if (named := misconception(outcomes, exercise, check, cases)) is not None:
@@ -166,8 +174,10 @@ def _complaint(
         headline, advice = explained(outcome.error)
         return headline, {"advice": advice, **unknown(outcome.error)}
     if isinstance(outcome, calls.Complaint):
-        if outcome.last and (said := _wrong(outcome.value, right, check, tolerance)):
-            return said, {}
+        said = _wrong(outcome.value, right, check, tolerance) if outcome.last else None
+        if said:
+            return said, {"notes": (f"And: {outcome.headline[0].lower()}"
+                                    f"{outcome.headline[1:]}.",)}  # fmt: skip
         return outcome.headline, {"advice": outcome.advice}
     return _wrong(outcome, right, check, tolerance), {}
 
@@ -185,7 +195,7 @@ def misconception(
     cases: Sequence[spec.Case],
 ) -> spec.Wrong | None:
     """The wrong answer that does on every case what this one does."""
-    tolerance = Tolerance(check.rtol, check.atol)
+    tolerance = check.tolerance
     for wrong in check.wrong:
         function = reference_function(exercise, wrong.patched(exercise.reference))
         theirs = run(function, check, exercise.kind, cases, lambda label: None)
@@ -225,6 +235,13 @@ def arguments(case: spec.Case, exercise: Exercise) -> str:
             lines.append(f"{name:9} {text}")
     text = "\n".join(lines)
     return text if text.count("\n") < 12 else ""
+
+
+def argument(outcome: object, exercise: Exercise) -> str:
+    """The name of the argument that a complaint is about."""
+    number = getattr(outcome, "argument", 0)
+    names = ["", *parameters(exercise)]
+    return f"argument `{names[number]}`" if number < len(names) else ARGUMENT
 
 
 def parameters(exercise: Exercise) -> list[str]:

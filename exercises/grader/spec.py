@@ -5,10 +5,12 @@ replaced by ``new``, so that it cannot drift away from the reference unnoticed.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from grader.compare import Tolerance
 
 CHECKS = Path(__file__).parents[1] / "checks"
 RTOL, ATOL = 1e-4, 1e-5  # float32 inside an answer is no mistake
@@ -24,6 +26,7 @@ class Case:
 
     label: str
     args: tuple
+    kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,23 @@ class Wrong:
     old: str
     new: str
     why: str
+    more: tuple[tuple[str, str], ...] = ()  # the same mistake, made elsewhere too
 
     def patched(self, reference: str) -> str:
         """The reference with this mistake in it. Raises SpecError if it drifted."""
-        if (times := reference.count(self.old)) != 1:
-            raise SpecError(
-                f"wrong answer {self.name!r}: {self.old!r} occurs {times} times in the "
-                "reference, must be once"
-            )
-        return reference.replace(self.old, self.new)
+        for old, new in ((self.old, self.new), *self.more):
+            if (times := reference.count(old)) != 1:
+                raise SpecError(
+                    f"wrong answer {self.name!r}: {old!r} occurs {times} times in the "
+                    "reference, must be once"
+                )
+            reference = reference.replace(old, new)
+        return reference
 
 
-def call(function: Callable, *args: Any) -> Any:
+def call(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """How an answer is run, unless a check knows better."""
-    return function(*args)
+    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,10 @@ class Check:
     """How the answers to one exercise are judged, and what helps.
 
     ``returns`` names the results; ``oracle`` gives the right ones for a case's
-    arguments (None: the reference does); ``call`` runs an answer on them.
+    arguments (None: the reference does); ``call`` runs an answer on them, and may raise
+    `compare.WrongForm`. ``exact_zeros``: what is zero must be zero, not nearly.
+    ``joint_scale``: small is measured against the largest number of all results, for
+    where one of them may vanish.
     """
 
     id: str
@@ -81,6 +90,13 @@ class Check:
     call: Callable = call
     rtol: float = RTOL
     atol: float = ATOL  # times the largest expected number
+    exact_zeros: bool = False
+    joint_scale: bool = False
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How near is near enough."""
+        return Tolerance(self.rtol, self.atol, self.exact_zeros, self.joint_scale)
 
 
 def find(id_: str) -> Check:

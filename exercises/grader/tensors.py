@@ -55,7 +55,7 @@ def as_arrays(value: object) -> object:
     if isinstance(value, tuple | list):
         return tuple(as_arrays(v) for v in value)
     if isinstance(value, dict):
-        return {key: as_arrays(v) for key, v in value.items()}
+        return type(value)({key: as_arrays(v) for key, v in value.items()})
     return value
 
 

@@ -1,0 +1,211 @@
+"""What MTP does to a small model, over several seeds: the numbers of chapter 2.
+
+    OMP_NUM_THREADS=1 python book/mtp_experiment.py --seeds 0 1 2 3 4
+
+``mtp_training.csv``: each seed is trained three times, without a module, with one, and
+without one for as many steps as fit into the time that the one with took.
+``mtp_drafts.csv``: trunks of 2, 4 and 8 layers with a module, trained shorter, write
+text with and without drafts. Time is that of the processor, so that a busy machine
+disturbs it little. The chapter plots the rows and runs one seed again; a test
+recomputes one.
+"""
+
+import argparse
+import csv
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minidsv3 import corpus, parameters
+from minidsv3.config import PLAIN, Config, TrainConfig
+from minidsv3.generation.numpy_ref import generate, speculate
+from minidsv3.model import numpy_ref as model
+from minidsv3.primitives.numpy_ref import cross_entropy_forward
+from minidsv3.training import numpy_ref as training
+
+RESULTS = Path(__file__).parent / "results"
+SMALL = replace(PLAIN, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, intermediate_size=192)  # fmt: skip
+RECIPE = TrainConfig(steps=1000, batch_size=8, sequence_length=64, warmup_steps=50,
+                     learning_rate=3e-3, min_learning_rate=3e-4)  # fmt: skip
+DRAFT_STEPS = 400
+LAYERS = (2, 4, 8)
+TEMPERATURES = (0.0, 0.8, 1.3)
+PROMPTS, PROMPT_BYTES, NEW_BYTES = 20, 32, 64
+HELD_OUT = 200_000  # tokens of the held-out text that losses are taken on
+
+EMBEDDING = "model.embed_tokens.weight"
+
+Params = dict[str, np.ndarray]
+Row = dict[str, object]
+
+
+def small(depths: int, layers: int = SMALL.num_hidden_layers) -> Config:
+    """The small model with so many MTP modules behind so many layers."""
+    return replace(SMALL, num_nextn_predict_layers=depths, num_hidden_layers=layers)
+
+
+def train(
+    config: Config, seed: int, steps: int, show: Callable = iter
+) -> tuple[Params, float]:
+    """Train from scratch. Returns the parameters and the milliseconds of a step.
+
+    The trunk begins with the same weights, and reads the same batches, whatever the
+    number of modules.
+    """
+    recipe = replace(RECIPE, seed=seed, steps=steps)
+    start = parameters.initialise(config, seed, recipe.init_std)
+    state = training.new_state(start)
+    text = corpus.load_corpus()
+    began = time.process_time()
+    for _ in show(training.train(state, config, recipe, text.train)):
+        pass
+    return state.params, 1000 * (time.process_time() - began) / steps
+
+
+def held_out_bits(params: Params, config: Config) -> tuple[float, float]:
+    """Bits a token on held-out text: of the main model, and of module 1 (or NaN)."""
+    tokens, T = corpus.load_corpus().held_out[:HELD_OUT], RECIPE.sequence_length
+    rows = len(tokens) // (T + 1)
+    windows = tokens[: rows * (T + 1)].reshape(rows, T + 1).astype(np.int64)
+    main = mtp = 0.0
+    for ids in np.array_split(windows, rows // 16):
+        logits, saved = model.forward(params, config, ids[:, :-1])
+        main += cross_entropy_forward(logits, ids[:, 1:])[0] * len(ids)
+        if config.num_nextn_predict_layers:
+            h = model.hidden_states(saved)
+            mtp += model.mtp_losses(params, config, ids, h)[0][0] * len(ids)
+    nats = np.array([main, mtp or np.nan]) / rows
+    return tuple(map(float, nats / np.log(2)))
+
+
+def training_row(
+    arm: str, seed: int, depths: int, steps: int, show: Callable = iter
+) -> tuple[Row, Params]:
+    """One training: what it cost and what it reached."""
+    config = small(depths)
+    params, ms = train(config, seed, steps, show)
+    main, mtp = held_out_bits(params, config)
+    row = {"arm": arm, "seed": seed, "steps": steps, "ms_per_step": ms}
+    return {**row, "main_bits": main, "mtp_bits": mtp}, params
+
+
+def training_rows(seed: int, show: Callable = iter) -> Iterator[Row]:
+    """The three trainings of a seed."""
+    plain, _ = training_row("without", seed, 0, RECIPE.steps, show)
+    yield plain
+    with_mtp, _ = training_row("with", seed, 1, RECIPE.steps, show)
+    yield with_mtp
+    ratio = with_mtp["ms_per_step"] / plain["ms_per_step"]
+    yield training_row("equal time", seed, 0, round(RECIPE.steps * ratio), show)[0]
+
+
+def prompts() -> list[np.ndarray]:
+    """Beginnings for the model to continue, each (1, T), from held-out text."""
+    tokens = corpus.load_corpus().held_out
+    places = np.linspace(0, len(tokens) - PROMPT_BYTES, PROMPTS).astype(int)
+    return [tokens[p : p + PROMPT_BYTES].astype(np.int64)[None] for p in places]
+
+
+def draft_row(params: Params, config: Config, temperature: float, seed: int) -> Row:
+    """Continue every prompt with and without drafts; count, and look at the clock.
+
+    ``acceptance`` and ``tokens_per_pass`` are counted after the prefill and do not
+    depend on the machine; ``speed_up``, time without / time with drafts, does.
+    """
+    drafts = accepted = passes = tokens = 0
+    plain = speculative = 0.0
+    for number, ids in enumerate(prompts()):
+        sampling = (NEW_BYTES, temperature, 1.0, 1000 * seed + number)
+        began = time.process_time()
+        generate(params, config, ids, *sampling)
+        middle = time.process_time()
+        *_, (_, counts) = speculate(params, config, ids, *sampling)
+        plain += middle - began
+        speculative += time.process_time() - middle
+        drafts, accepted = drafts + counts.drafts, accepted + counts.accepted
+        passes, tokens = passes + counts.trunk_passes - 1, tokens + counts.tokens - 1
+    row = {"seed": seed, "layers": config.num_hidden_layers, "temperature": temperature}
+    row |= {"drafts": drafts, "acceptance": accepted / drafts}
+    return row | {"tokens_per_pass": tokens / passes, "speed_up": plain / speculative}
+
+
+def draft_rows(
+    seed: int, layers: Sequence[int] = LAYERS, show: Callable = iter
+) -> Iterator[Row]:
+    """Drafts behind trunks of several depths, at several temperatures."""
+    for count in layers:
+        config = small(1, count)
+        params, _ = train(config, seed, DRAFT_STEPS, show)
+        for temperature in TEMPERATURES:
+            yield draft_row(params, config, temperature, seed)
+
+
+def module_cost(layers: int) -> float:
+    """What a draft costs, in passes of the trunk: multiplications of module and head
+    over those of trunk and head. In DeepSeek-V3 about 1/61 of the layers.
+    """
+    shapes = parameters.shapes(small(1, layers))
+    sizes = {k: int(np.prod(s)) for k, s in shapes.items() if len(s) == 2}
+    head = sizes["lm_head.weight"]
+    module = sum(n for k, n in sizes.items() if f".layers.{layers}." in k) + head
+    return module / (sum(sizes.values()) - module + head - sizes[EMBEDDING])
+
+
+def provenance(seeds: list[int]) -> list[str]:
+    """Where the rows come from, as the first lines of their files."""
+    words = ["python", "book/mtp_experiment.py", "--seeds", *map(str, seeds)]
+    text = corpus.load_corpus()
+    return [
+        f"# {shlex.join(words)}",
+        f"# {date.today()}, Python {platform.python_version()}, NumPy "
+        f"{np.__version__}, {platform.machine()}, one thread",
+        f"# {text.name}, sha256 {text.sha256[:12]}",
+    ]
+
+
+def read(table: str) -> list[dict[str, float | str]]:
+    """The committed rows of a table, numbers as numbers."""
+    lines = (RESULTS / f"{table}.csv").read_text(encoding="utf-8").splitlines()
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in rows]
+
+
+def main() -> int:
+    """Run every seed and write both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    seeds = parser.parse_args().seeds
+    tables: dict[str, list[Row]] = {"mtp_training": [], "mtp_drafts": []}
+    for seed in seeds:
+        show = partial(tqdm, desc=f"seed {seed}")
+        tables["mtp_training"] += training_rows(seed, show)
+        tables["mtp_drafts"] += draft_rows(seed, show=show)
+    for table, rows in tables.items():
+        write(table, rows, seeds)
+    return 0
+
+
+def write(table: str, rows: list[Row], seeds: list[int]) -> None:
+    """A table under ``book/results/``, with the lines that say where it is from."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{table}.csv", "w", encoding="utf-8", newline="") as file:
+        file.writelines(line + "\n" for line in provenance(seeds))
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
+            writer.writerow(row | short)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
