@@ -7,8 +7,9 @@ import pytest
 
 from minidsv3 import parameters
 from minidsv3.config import PLAIN
-from minidsv3.generation.numpy_ref import draw, generate, next_token_law, stream
+from minidsv3.generation.numpy_ref import generate, next_token_law, stream
 from minidsv3.model.numpy_ref import forward
+from minidsv3.primitives.numpy_ref import draw
 
 SMALL = dataclasses.replace(
     PLAIN,

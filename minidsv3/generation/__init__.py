@@ -1,1 +1,1 @@
-"""Text out of a model: sampling and cached decoding (``numpy_ref``)."""
+"""Text out of a model: sampling, cached and speculative decoding (``numpy_ref``)."""

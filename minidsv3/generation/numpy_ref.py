@@ -102,8 +102,9 @@ def generate(
     """Continue ids (B, T); returns the new ids alone, (B, max_new_tokens).
 
     Greedy at temperature 0. The same seed gives the same text. speculative lets MTP
-    module 1 draft: the greedy text is the same, a sampled one follows the same law but
-    uses its random numbers otherwise. Raises ValueError for an empty prompt, bad
+    module 1 draft: the greedy text is the same (if two logits tie but for rounding, the
+    pass over two tokens may round otherwise), a sampled one follows the same law, but
+    its random numbers are used otherwise. Raises ValueError for an empty prompt, bad
     sampling values, a text beyond ``max_position_embeddings``, or speculation with a
     model that has no MTP module.
     """

@@ -196,7 +196,7 @@ def loss_names(config: Config) -> list[str]:
 
 def mtp_losses(
     params: Params, config: Config, ids: Array, h: Array
-) -> tuple[list[float], list]:
+) -> tuple[list[float], tuple]:
     """Losses L^1 … L^D of the MTP modules, from the trunk's h (B, T, D): eqs. 21-24.
 
     The embedding is looked up a second time, and the head reads each depth's states:
@@ -213,11 +213,11 @@ def mtp_losses(
         loss, saved_loss = cross_entropy_forward(logits, mtp.targets(ids, k))
         losses.append(loss)
         saved_heads.append((saved_head, saved_loss))
-    return losses, [saved_embed, saved_chain, saved_heads]
+    return losses, (saved_embed, saved_chain, saved_heads)
 
 
 def mtp_losses_backward(
-    dloss: float, saved: list, config: Config
+    dloss: float, saved: tuple, config: Config
 ) -> tuple[Array, Params]:
     """Gradients of the further losses, each weighed with dloss (λ / D).
 

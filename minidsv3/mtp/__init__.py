@@ -15,6 +15,7 @@ tokens for speculative decoding.
 section 2.2, pages 10–11:
 
 .. math::
+
     h'^k_i &= M_k\,[\mathrm{RMSNorm}(h^{k-1}_i)\,;\,
         \mathrm{RMSNorm}(\mathrm{Emb}(t_{i+k}))] \quad (21) \\
     h^k_{1:T-k} &= \mathrm{TRM}_k(h'^k_{1:T-k}) \quad (22) \\

@@ -46,9 +46,9 @@ def mtp_forward(
     the released weights: the first D columns of eh_proj act on the embedding. h comes
     from after the final norm at k = 1. The answer has passed ``shared_head.norm``: it
     is what the shared head reads, and what module k + 1 takes. The report is silent on
-    both; transformers chains its modules so, and only so is every :math:`h^k`, with
-    :math:`h^0`, the state that OutHead reads in eq. (23). No released model has D > 1,
-    so for the chain it stays unconfirmed.
+    both. Transformers chains its modules so, and only so is every :math:`h^k`, as
+    :math:`h^0` is, the state that OutHead reads in eq. (23). But DeepSeek has released
+    D = 1 alone, where no state is chained: for D > 1 this stays unconfirmed.
 
     Shapes: h, e (B, T, D) -> (B, T, D). Raises ValueError if h and e differ in shape.
     """
