@@ -10,9 +10,11 @@ from grader.spec import SpecError
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
-        prog="python exercises", description="Hints, fresh cells and new notebooks."
+        prog="python exercises",
+        description="Hints, fresh cells and new notebooks.",
+        epilog="for example: python exercises hint lm.1 2",
     )
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", metavar="command")
     one = commands.add_parser("hint", help="print a hint")
     one.add_argument("id", help="an exercise, such as lm.1")
     one.add_argument("level", nargs="?", type=int, default=1, help="1, 2 or 3")
@@ -34,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
     options = parser().parse_args(arguments)
+    if options.command is None:
+        parser().print_help()
+        return 2
     try:
         if options.command == "hint":
             print(live.hint_text(options.id, options.level))

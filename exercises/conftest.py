@@ -35,6 +35,7 @@ class AnswerItem(pytest.Item):
             ("exercise", verdict.id),
             ("state", verdict.state),
             ("where", self.where),
+            ("waits", "" if verdict.state != TODO else verdict.headline),
         ]
         if verdict.state == TODO:
             pytest.skip(verdict.headline or "not answered yet")
@@ -119,7 +120,7 @@ class NotebookFile(pytest.File):
         for id_ in self.expected(places, table):
             verdict = None
             if id_ not in places:
-                verdict = cell_gone(id_)
+                verdict = cell_gone(id_, notebook.cells)
             elif id_ not in table:
                 verdict = unheard_of(id_)
             yield AnswerItem.from_parent(
@@ -194,7 +195,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     places = {r["exercise"]: r["where"] for r in runs}
     touched = {r["where"].split(",")[0] for r in runs if r["state"] != TODO}
     saved = [p for p in notebooks.paths() if p.name in touched]
-    lines = report.footer(states, places, saved)
+    waiting = {r["exercise"]: r["waits"] for r in runs if "waits for" in r["waits"]}
+    lines = report.footer(states, places, saved, waiting)
     if any(".cuda." in id_ for id_ in states):
         lines[-1] += "    CUDA: simulator"
     terminalreporter.ensure_newline()

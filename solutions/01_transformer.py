@@ -48,10 +48,11 @@ def softmax(x):
 # %% [markdown]
 # ## lm.2 · The future is not merely indifferent
 #
-# From scores to attention weights. `scores` has shape (B, H, T, S): the T queries are
-# the *last* T of S positions, as when a cache holds the first S − T. Query $t$ must
-# not hear a later position, and each row of weights must sum to one. You need a
-# softmax: the grader hands in a right one, whatever became of yours.
+# From scores to attention weights. `scores` has shape (B, H, T, S) with T ≤ S: the T
+# queries are the *last* T of S positions, as when a cache holds the first S − T. A
+# query must not hear a position later than its own, and each row of weights must sum
+# to one. You need a softmax: the grader hands in a right one, whatever became of
+# yours.
 
 
 # %%
@@ -245,14 +246,14 @@ def swiglu_backward(dh, a, b):
 # \big(\hat m / (\sqrt{\hat v} + \epsilon) + \text{decay}\; w\big).
 # $$
 #
-# `t` counts steps from 1; what is the correction? Return new arrays: the caller still
-# needs the old ones.
+# `t` counts steps from 1; what is the correction? (The training page derives it.) The
+# arrays may have any shape. Return new ones: the caller still needs the old.
 
 
 # %%
 # exercise: lm.10
 def adamw_step(w, g, m, v, t, rate, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1):
-    """One update: weight w, gradient g, means m and v, all (N,) -> new w, m, v."""
+    """One update: weight w, gradient g, means m and v, one shape -> new w, m, v."""
     ### BEGIN SOLUTION
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
@@ -269,6 +270,7 @@ def adamw_step(w, g, m, v, t, rate, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1):
 # A language model of one block, forwards, is given. Write it backwards, at the place
 # of the last line, and return `loss, grads`. Use the functions you have: **your own**,
 # this time. The grader runs them together, so it waits until lm.1 to lm.9 have passed.
+# For the products `y = x @ W.T` there is no exercise; write a small helper inside.
 #
 # Go through the forward pass from its last line to its first. Where it adds, the
 # gradient goes both ways; where something was used twice, two gradients add up. The

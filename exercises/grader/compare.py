@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ROUNDING = 1e-13  # what float64 leaves of a zero
+MANY = 4  # with more results than this, all are listed
 SMALL = 24  # numbers of an array that is printed whole
 KINDS = {"b": "truth values", "O": "objects", "c": "complex numbers", "U": "text"}
 
@@ -92,10 +93,17 @@ def fault(
         if said := _finite(name, np.asarray(yours), right):
             return said
     scale = max(largest(right) for *_, right in table) if tolerance.joint else None
-    for name, yours, right in table:
-        if said := _values(name, np.asarray(yours), right, tolerance, scale):
-            return said
-    return None
+    said = [_values(n, np.asarray(y), r, tolerance, scale) for n, y, r in table]
+    first = next(filter(None, said), None)
+    if first and len(table) > MANY:
+        right = [
+            name for (name, *_), fault in zip(table, said, strict=True) if not fault
+        ]
+        wrong = [name for (name, *_), fault in zip(table, said, strict=True) if fault]
+        headline, _, rest = first.partition("\n")
+        lists = f"right: {', '.join(right) or 'none'}\nwrong: {', '.join(wrong)}"
+        return f"{headline}\n{lists}" + f"\n{rest}" * bool(rest)
+    return first
 
 
 def same(value: object, other: object, names: Sequence[str], tol: Tolerance) -> bool:
@@ -122,7 +130,8 @@ def shown(array: object) -> str:
         return f"{array[()]:.6g}" if array.dtype.kind in "fiu" else str(array[()])
     whole = array.dtype.kind not in "f" or largest(array) > 1e-3
     text = np.array2string(
-        array, precision=4, suppress_small=whole, threshold=SMALL,
+        array + 0.0 if array.dtype.kind == "f" else array,  # no -0.
+        precision=4, suppress_small=whole, threshold=SMALL,
         edgeitems=2, max_line_width=66,
     )  # fmt: skip
     lines = text.splitlines()

@@ -76,17 +76,23 @@ def unheard_of(id_: str) -> Verdict:
     """A cell with an identity that no exercise has."""
     chapters = {exercise.partition(".")[0] for exercise in exercises()}
     close = [e for e in exercises() if e.split(".")[0] == id_.split(".")[0]]
-    known = ", ".join(close or sorted(chapters))
+    known = ", ".join(close or [f"{c}.1 …" for c in sorted(chapters)])
     return Verdict(
         id_, FAILED, f"There is no exercise {id_}",
         f"There are {known}.",
     )  # fmt: skip
 
 
-def cell_gone(id_: str) -> Verdict:
+def cell_gone(id_: str, cells: Iterable[str]) -> Verdict:
     """An exercise whose answer cell is missing from its notebook."""
+    line = f"# exercise: {id_}"
+    if any(line in cell.splitlines() for cell in cells):
+        return Verdict(
+            id_, FAILED, "Its line is not the first",
+            f"A cell holds `{line}`, with something above it. Move it to the top.",
+        )  # fmt: skip
     return Verdict(
         id_, FAILED, "Its answer cell is gone",
-        f"No cell begins with the line `# exercise: {id_}`. If you removed that line, "
-        f"put it back; or: python exercises reset {id_}",
+        f"No cell begins with the line `{line}`. If you removed it, put it back; or: "
+        f"python exercises reset {id_}",
     )  # fmt: skip

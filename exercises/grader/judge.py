@@ -158,11 +158,12 @@ def judge(
             more["notes"] = tuple(n.replace(ARGUMENT, about) for n in more["notes"])
         headline, _, seen = said.partition("\n")
         advice = more.pop("advice", "")
-        if (named := misconception(outcomes, exercise, check, cases)) is not None:
+        likeness, named = misconception(outcomes, exercise, check, cases, number)
+        if named is not None:
             seen = seen or headline
-            headline, advice = f"Looks like: {named.name}", named.why
+            headline, advice = f"{likeness}: {named.name}", named.why
         where = f"case {number} of {len(cases)}: {case.label}"
-        lines = [arguments(case, exercise) if number == 1 else "", seen]
+        lines = [arguments(case, exercise, tiny=number > 1), seen]
         detail = "\n".join([where, *(_indented(text) for text in lines if text)])
         raise Fault(headline, advice, detail=detail, printed=outcome.printed, **more)
 
@@ -193,18 +194,28 @@ def misconception(
     exercise: Exercise,
     check: spec.Check,
     cases: Sequence[spec.Case],
-) -> spec.Wrong | None:
-    """The wrong answer that does on every case what this one does."""
-    tolerance = check.tolerance
+    failed: int,
+) -> tuple[str, spec.Wrong | None]:
+    """The wrong answer that does on every case what this one does.
+
+    Else the only one that does it on the first case that failed, for a mistake is often
+    made in a way, or in company, that no list has.
+    """
+    here = []
     for wrong in check.wrong:
         function = reference_function(exercise, wrong.patched(exercise.reference))
         theirs = run(function, check, exercise.kind, cases, lambda label: None)
-        if len(theirs) == len(outcomes) and all(
-            alike(one.value, two.value, check, tolerance)
+        if len(theirs) != len(outcomes):
+            continue
+        equal = [
+            alike(one.value, two.value, check, check.tolerance)
             for one, two in zip(outcomes, theirs, strict=True)
-        ):
-            return wrong
-    return None
+        ]
+        if all(equal):
+            return "Looks like", wrong
+        if equal[failed - 1] and not isinstance(outcomes[failed - 1].value, Raised):
+            here.append(wrong)
+    return "On this case it looks like", here[0] if len(here) == 1 else None
 
 
 def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> bool:
@@ -226,15 +237,16 @@ def _is_failure(outcome: object) -> bool:
 # --- in words ---------------------------------------------------------------------
 
 
-def arguments(case: spec.Case, exercise: Exercise) -> str:
-    """The arguments of a tiny case, as far as they can be shown in a few lines."""
-    lines = []
+def arguments(case: spec.Case, exercise: Exercise, tiny: bool) -> str:
+    """The arguments of a case, if a few lines can show them; ``tiny``: very few."""
+    lines, numbers = [], 0
     for name, value in zip(parameters(exercise), case.args, strict=False):
         if isinstance(value, np.ndarray | int | float):
+            numbers += np.size(value)
             text = shown(value).replace("\n", "\n" + " " * 10)
             lines.append(f"{name:9} {text}")
     text = "\n".join(lines)
-    return text if text.count("\n") < 12 else ""
+    return text if text.count("\n") < 12 and (numbers < 10 or not tiny) else ""
 
 
 def argument(outcome: object, exercise: Exercise) -> str:

@@ -110,7 +110,7 @@ def update(folder: str | None = None, pull: bool = False) -> str:
         old = _readable(old_home / f"{source.stem}.ipynb")
         _merge(old, new, answers)
         _write(EXERCISES / f"{source.stem}.ipynb", build.written(new))
-    lines.append(f"{len(sources())} notebooks written, {len(answers)} answers put in.")
+    lines.append(f"notebooks written: {len(sources())}, answers put in: {len(answers)}")
     if backup:
         lines.append(f"As they were before: {backup}")
     return "\n".join([*lines, REOPEN])

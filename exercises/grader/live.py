@@ -118,7 +118,10 @@ def hint(id_: str, level: int = 1) -> None:
 def hint_text(id_: str, level: int = 1) -> str:
     """The text of a hint. Raises ValueError for a level there is none of."""
     if id_ not in exercises():
-        return unheard_of(id_).text()
+        said = unheard_of(id_)
+        raise ValueError(
+            f"{said.headline[0].lower()}{said.headline[1:]}. {said.advice}"
+        )
     hints = spec.find(id_).hints
     if level not in range(1, len(hints) + 1):
         raise ValueError(f"level {level}: there are hints 1 to {len(hints)}")

@@ -17,14 +17,18 @@ def bar(passed: int, total: int) -> str:
     return f"[{'#' * full}{'-' * (WIDTH - full)}] {passed}/{total} passed"
 
 
-def next_one(states: Mapping[str, str]) -> str | None:
-    """The first failed exercise, else the first that is not passed, in book order."""
-    order = [id_ for id_ in exercises() if id_ in states]
-    for wanted in (FAILED, None):
-        for id_ in order:
-            if states[id_] == wanted or (wanted is None and states[id_] != PASSED):
-                return id_
-    return None
+def next_one(states: Mapping[str, str], waiting: Mapping[str, str]) -> str | None:
+    """The first failed exercise, else the first that is not passed, in book order; if
+    all are, the one after the last of them.
+    """
+    book = list(exercises())
+    order = [id_ for id_ in book if id_ in states and id_ not in waiting]
+    for id_ in [i for i in order if states[i] == FAILED] + order:
+        if states[id_] != PASSED:
+            return id_
+    last = max((book.index(id_) for id_ in order), default=-1)
+    behind = [id_ for id_ in book[last + 1 :] if id_ not in states]
+    return behind[0] if behind else None
 
 
 def age(path: Path) -> str:
@@ -43,19 +47,21 @@ def ago(seconds: float) -> str:
 
 
 def footer(
-    states: Mapping[str, str], places: Mapping[str, str], saved: Sequence[Path]
+    states: Mapping[str, str],
+    places: Mapping[str, str],
+    saved: Sequence[Path],
+    waiting: Mapping[str, str],
 ) -> list[str]:
-    """The lines below a run: progress, what was graded, what is next."""
+    """The lines below a run: progress, what was graded, what waits, what is next."""
     passed = sum(state == PASSED for state in states.values())
     lines = [bar(passed, len(states))]
     if saved:
         lines.append(age(max(saved, key=lambda path: path.stat().st_mtime)))
-    id_ = next_one(states)
-    if id_ is None:
-        lines.append("All of them. The solutions are in solutions/, to compare.")
-    else:
-        line = f"next: {id_}"
-        if id_ in places:
-            line += f", {places[id_]}"
+    lines += [f"{id_}: {why}" for id_, why in waiting.items()]
+    id_ = next_one(states, waiting)
+    if id_ is not None:
+        line = f"next: {id_}" + (f", {places[id_]}" if id_ in places else "")
         lines.append(f"{line}    hint: python exercises hint {id_}")
+    elif passed == len(exercises()):
+        lines.append("All of them. The solutions are in solutions/, to compare.")
     return lines

@@ -210,6 +210,10 @@ def sources() -> list[Path]:
 def exercises() -> dict[str, Exercise]:
     """Every exercise by id, in the order of the book. Raises SourceError."""
     stamp = tuple((path, path.stat().st_mtime_ns) for path in sources())
+    if not stamp:
+        raise SourceError(
+            f"{SOLUTIONS} is missing or empty: the grader takes its right answers there"
+        )
     return _exercises(stamp)
 
 
