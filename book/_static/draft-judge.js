@@ -1,9 +1,8 @@
 /* <draft-judge tokens="resxld" context="for i in ">: why a draft leaves the law exact.
  *
- * The reader drags the model's law p and the draft's law q of six tokens; each sums to
- * 1 again at once. A draft x is kept with probability min(1, p/q); after a refusal a
- * token is drawn from what p has beyond q. The lower chart shows what comes out,
- * computed, and as dots what came out when the procedure was run.
+ * The reader drags the model's law p and the draft's law q of six tokens. A draft is
+ * kept with probability min(1, p/q); a refusal draws from what p has beyond q. Below
+ * stands what comes out: bars by computing, dots by running the procedure.
  */
 (() => {
   if (customElements.get("draft-judge")) return;
@@ -17,7 +16,7 @@
   const KEYS = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1,
     PageUp: 10, PageDown: -10, Home: -100, End: 100 };
   const sum = (x) => x.reduce((a, b) => a + b, 0);
-  const percent = (x) => `${(100 * x).toFixed(1)} %`;
+  const percent = (x) => `${Math.abs(100 * x).toFixed(1)} %`;
   const clamp = (x, most) => Math.min(most, Math.max(0, Math.round(100 * x) / 100));
 
   class DraftJudge extends HTMLElement {
@@ -28,16 +27,16 @@
     }
 
     start() {
-      this.tokens = [...this.getAttribute("tokens")].slice(0, P.length);
+      this.tokens = [...this.getAttribute("tokens")]; // six, as in P
       this.seed = 7; // the same draws for every reader
       this.innerHTML = this.markup();
       this.classList.add("ready");
       this.querySelectorAll(".presets button").forEach((button) =>
-        button.addEventListener("click", () => this.choose(button.textContent)));
+        button.addEventListener("click", () => this.changed(button.textContent)));
       this.querySelector(".draw").addEventListener("click", () => this.sample(1000));
-      this.querySelector("input").addEventListener("change", () => this.changed());
+      this.querySelector("input").addEventListener("change", () => this.changed(this.preset));
       this.querySelectorAll("[role=slider]").forEach((grip) => this.listen(grip));
-      this.choose("good draft");
+      this.changed("good draft");
     }
 
     markup() {
@@ -47,7 +46,7 @@
       const columns = (inside) => this.tokens.map((t, x) =>
         `<div class="column">${inside(t, x)}</div>`).join("");
       const grid = "<i class='grid'></i>".repeat(3);
-      const number = ([name, key, formula]) => `<li><i class="key ${key}"></i>${name}
+      const number = (name, formula) => `<li><i class="key ${name}"></i>${name}
         <span>${formula}</span><output></output></li>`;
       return `<div class="presets" role="group" aria-label="laws to start from">${
         Object.keys(PRESETS).map((p) => `<button type="button">${p}</button>`).join("")}
@@ -57,10 +56,10 @@
         <div class="laws chart" role="group" aria-label="p and q">${grid}${columns(
         (t, x) => `<i class="kept"></i><i class="missing"></i><i class="refused"></i>
         ${grip("p", "model’s", t, x)}${grip("q", "draft’s", t, x)}`)}</div>
-        <div class="names" aria-hidden="true">${columns((t) => `<code>${t}</code>`)}</div>
-        <ul class="numbers">${[["kept", "kept", "Σ min(p, q)"],
-        ["refused", "refused", "Σ (q − p)⁺"], ["missing", "missing", "Σ (p − q)⁺"],
-        ["tokens a pass", "", "1 + kept"]].map(number).join("")}</ul>
+        <div class="names" aria-hidden="true">${columns((t) =>
+        `<code>${t}</code>`)}</div><ul class="numbers">${number("kept", "Σ min(p, q)")}
+        ${number("refused", "Σ (q − p)⁺")}${number("missing", "Σ (p − q)⁺")}
+        ${number("tokens a pass", "1 + kept")}</ul>
         <p class="head">What comes out: <i class="key kept"></i>kept + <i class="key
         again"></i>drawn after a refusal, against <i class="key line"></i>p<span
         class="seen" hidden> and <i class="key dot"></i>the draws</span></p>
@@ -100,21 +99,17 @@
       });
     }
 
-    choose(name) {
-      [this.p, this.q] = PRESETS[name];
-      this.changed(name);
-    }
-
     /* Token x of a law becomes v; the others share the rest as they did before. */
     move(law, x, v, from) {
       const rest = sum(from.filter((_, i) => i !== x));
       this[law] = from.map((f, i) => i === x ? v
         : (1 - v) * (rest > 1e-9 ? f / rest : 1 / (from.length - 1)));
-      this.changed("");
+      this.changed();
     }
 
-    changed(preset = this.preset) {
-      Object.assign(this, { preset, counts: this.p.map(() => 0), accepted: 0 });
+    changed(preset) { // a preset's name, or nothing
+      if (preset) [this.p, this.q] = PRESETS[preset];
+      Object.assign(this, { preset, counts: P.map(() => 0), accepted: 0 });
       this.draw();
     }
 
@@ -151,18 +146,18 @@
     }
 
     draw() {
-      const { p, q, kept, again, counts, law } = this;
-      const [all, n, refused] = [sum(kept), sum(counts), 1 - sum(kept)];
+      const { p, q, kept, counts, law } = this;
+      const [all, n] = [sum(kept), sum(counts)];
       if (!this.matches(".drag")) this.top = Math.max(...p, ...q) > 0.55 ? 1 : 0.6;
       const high = (v) => `${((100 * v) / this.top).toFixed(2)}%`;
       const each = (selector, f) => this.querySelectorAll(selector).forEach(f);
       each(".chart", (chart) => chart.querySelectorAll(".column").forEach((one, i) => {
-        const shares = { p: p[i], q: q[i], kept: kept[i], again: refused * again[i],
+        const v = { p: p[i], q: q[i], kept: kept[i], again: law[i] - kept[i],
           dot: counts[i] / (n || 1) };
-        for (const name in shares) one.style.setProperty(`--${name}`, high(shares[name]));
+        for (const name in v) one.style.setProperty(`--${name}`, high(v[name]));
       }));
       each(".grid", (line, i) => {
-        const share = (this.top * (1 + (i % 3))) / 3;
+        const share = (this.top < 1 ? [0.2, 0.4, 0.6] : [0.5, 1, 1])[i % 3];
         line.style.bottom = high(share);
         line.textContent = `${(100 * share).toFixed(0)} %`;
       });
@@ -171,13 +166,13 @@
         grip.setAttribute("aria-valuenow", (100 * v).toFixed(1));
         grip.setAttribute("aria-valuetext", grip.firstChild.textContent = percent(v));
       });
-      each(".presets button", (button) =>
-        button.setAttribute("aria-pressed", button.textContent === this.preset));
+      each(".presets button", (one) =>
+        one.setAttribute("aria-pressed", one.textContent === this.preset));
       each(".dot, .seen", (one) => { one.hidden = !n; });
-      each("output", (out, i) => { out.textContent =
-        [percent(all), percent(refused), percent(refused), (1 + all).toFixed(2)][i]; });
-      this.querySelector(".out").setAttribute("aria-label", `What comes out: ${law
-        .map((v, i) => `${this.tokens[i]} ${percent(v)}, p ${percent(p[i])}`).join("; ")}`);
+      const numbers = [all, sum(q) - all, sum(p) - all].map(percent);
+      each("output", (out, i) => { out.value = numbers[i] || (1 + all).toFixed(2); });
+      this.querySelector(".out").ariaLabel = `What comes out: ${law.map((v, i) =>
+        `${this.tokens[i]} ${percent(v)}, p ${percent(p[i])}`).join("; ")}`;
       this.querySelector(".say").innerHTML = this.sentence(n, p, law);
     }
 
@@ -188,16 +183,16 @@
       if (!n && Math.abs(law[far] - p[far]) > 1e-9)
         return `Not p: ${name(far)} comes out with ${percent(law[far])} instead of
           ${percent(p[far])}. Can 1000 draws tell?`;
-      if (!n) return this.wrong ? "Here the wrong rule gives p too: no test can find it."
-        : `Refused and missing are equal, since p and q both sum to 1 (it is their total
-        variation). What a refusal puts back is just what is missing: out comes p.`;
-      const z = this.counts.map((c, i) => c === n * p[i] ? 0
-        : Math.abs(c - n * p[i]) / Math.sqrt(n * p[i] * (1 - p[i])));
+      if (!n && this.wrong)
+        return "Here the wrong rule gives p too: a test on such laws cannot find it.";
+      if (!n) return `Refused and missing are equal, since p and q both sum to 1 (it is
+        their total variation). What a refusal adds is just what is missing: p.`;
+      const z = this.counts.map((c, i) => // in standard errors, 0/0 is none
+        Math.abs(c - n * p[i]) / Math.sqrt(n * p[i] * (1 - p[i])) || 0);
       const x = worst(z);
-      return `${n} drawn, ${this.accepted} drafts kept. Furthest from p: ${name(x)}, with
+      return `${n} drawn, ${this.accepted} drafts kept. Furthest from p: ${name(x)} with
         ${percent(this.counts[x] / n)} instead of ${percent(p[x])}. That is ${
-        z[x] > 99 ? "over 99" : z[x].toFixed(1)} standard errors: ${
-        z[x] > 4 ? "not chance" : "chance"}.`;
+        z[x].toFixed(1)} standard errors: ${z[x] > 4 ? "not " : ""}chance.`;
     }
   }
   customElements.define("draft-judge", DraftJudge);
