@@ -4,6 +4,7 @@
 
 ``mtp_training.csv``: each seed is trained three times, without a module, with one, and
 without one for as many steps as fit into the time that the one with took.
+``mtp_agreement.csv``: whether both questions pull the trunk the same way.
 ``mtp_drafts.csv``: trunks of 2, 4 and 8 layers with a module, trained shorter, write
 text with and without drafts. Time is that of the processor, so that a busy machine
 disturbs it little. The chapter plots the rows and runs one seed again; a test
@@ -99,14 +100,47 @@ def training_row(
     return {**row, "main_bits": main, "mtp_bits": mtp}, params
 
 
-def training_rows(seed: int, show: Callable = iter) -> Iterator[Row]:
-    """The three trainings of a seed."""
+def training_rows(seed: int, show: Callable = iter) -> tuple[list[Row], list[Row]]:
+    """The three trainings of a seed, and how the two questions agree in the second."""
     plain, _ = training_row("without", seed, 0, RECIPE.steps, show)
-    yield plain
-    with_mtp, _ = training_row("with", seed, 1, RECIPE.steps, show)
-    yield with_mtp
+    with_mtp, params = training_row("with", seed, 1, RECIPE.steps, show)
     ratio = with_mtp["ms_per_step"] / plain["ms_per_step"]
-    yield training_row("equal time", seed, 0, round(RECIPE.steps * ratio), show)[0]
+    steps = round(RECIPE.steps * ratio)
+    longer, _ = training_row("equal time", seed, 0, steps, show)
+    return [plain, with_mtp, longer], list(agreement_rows(seed, params))
+
+
+def agreement(params: Params, batch: np.ndarray) -> dict[str, float]:
+    """Cosine between the gradients of the main and of the MTP question.
+
+    For each part of the trunk that both reach: embedding, each block, head; all its
+    matrices taken as one vector.
+    """
+    config, parts = small(1), {}
+    grads = [
+        model.loss_and_grads(params, config, batch, replace(RECIPE, mtp_weight=weight))[
+            1
+        ]
+        for weight in (0.0, 1.0)
+    ]
+    places = ["model.embed_tokens."]
+    places += [f"model.layers.{n}." for n in range(config.num_hidden_layers)]
+    for place in [*places, "lm_head."]:
+        names = [k for k in grads[0] if k.startswith(place) and grads[0][k].ndim == 2]
+        a = np.concatenate([grads[0][k].ravel() for k in names])
+        b = np.concatenate([grads[1][k].ravel() for k in names]) - a
+        part = place.removeprefix("model.").strip(".")
+        parts[part] = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    return parts
+
+
+def agreement_rows(seed: int, trained: Params) -> Iterator[Row]:
+    """The cosines before and after a training, on a batch that neither has seen."""
+    text = corpus.load_corpus().held_out
+    batch = corpus.batch(text, batch_size=64, length=64, seed=seed, step=0)
+    start = parameters.initialise(small(1), seed, RECIPE.init_std)
+    for when, params in (("start", start), ("end", trained)):
+        yield {"arm": when, "seed": seed, **agreement(params, batch)}
 
 
 def prompts() -> list[np.ndarray]:
@@ -161,6 +195,37 @@ def module_cost(layers: int) -> float:
     return module / (sum(sizes.values()) - module + head - sizes[EMBEDDING])
 
 
+def pass_costs(layers: int, tries: int = 30) -> tuple[float, float, float]:
+    """Milliseconds of a trunk pass over one token and over two, and of a draft.
+
+    With a cache of 64 tokens and fresh weights: the arithmetic does not know the
+    difference. The best of many tries.
+    """
+    config = small(1, layers)
+    params = parameters.initialise(config, 0, RECIPE.init_std)
+    ids = corpus.load_corpus().held_out[:64].astype(np.int64)[None]
+    caches = model.new_caches(config, 64 + 2)
+    mtp_cache = model.new_mtp_cache(config, 64 + 1)
+    _, saved = model.forward(params, config, ids, caches)
+    h = model.hidden_states(saved)
+    model.mtp_step(params, config, h, ids, mtp_cache)
+    times = []
+    for _ in range(tries):
+        row = []
+        for count in (1, 2):
+            began = time.perf_counter()
+            model.forward(params, config, ids[:, :count], caches)
+            row.append(time.perf_counter() - began)
+            for cache in caches:
+                cache.crop(64)
+        began = time.perf_counter()
+        model.mtp_step(params, config, h[:, :1], ids[:, :1], mtp_cache)
+        row.append(time.perf_counter() - began)
+        mtp_cache.crop(64)
+        times.append(row)
+    return tuple(float(t) for t in 1000 * np.min(times, axis=0))
+
+
 def provenance(seeds: list[int]) -> list[str]:
     """Where the rows come from, as the first lines of their files."""
     words = ["python", "book/mtp_experiment.py", "--seeds", *map(str, seeds)]
@@ -185,10 +250,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     seeds = parser.parse_args().seeds
-    tables: dict[str, list[Row]] = {"mtp_training": [], "mtp_drafts": []}
+    names = ("mtp_training", "mtp_agreement", "mtp_drafts")
+    tables: dict[str, list[Row]] = {name: [] for name in names}
     for seed in seeds:
         show = partial(tqdm, desc=f"seed {seed}")
-        tables["mtp_training"] += training_rows(seed, show)
+        trained, agreed = training_rows(seed, show)
+        tables["mtp_training"] += trained
+        tables["mtp_agreement"] += agreed
         tables["mtp_drafts"] += draft_rows(seed, show=show)
     for table, rows in tables.items():
         write(table, rows, seeds)

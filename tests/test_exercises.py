@@ -13,9 +13,10 @@ from grader.verdict import FAILED, PASSED, TODO
 from grader.workers import judged
 from nbclient import NotebookClient
 
-from tests.learner import CHAPTER, ROOT, Desk, solved, steady
+from tests.learner import ALL, CHAPTER, ROOT, Desk, solved, steady
 
 IDS = list(exercises())
+LM = [id_ for id_ in IDS if find(id_).notebook == ALL[0]]
 each = pytest.mark.parametrize("id_", IDS)
 
 
@@ -133,13 +134,22 @@ def desk(tmp_path) -> Desk:
     return Desk(tmp_path)
 
 
+@pytest.fixture
+def whole_desk(tmp_path) -> Desk:
+    return Desk(tmp_path, ALL)
+
+
+# What the experiment at a notebook's end prints, once all has passed.
+EXPERIMENTS = {"01_transformer": "bits per byte", "02_mtp": "tokens per pass"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_solved", [False, True], ids=["stubs", "solved"])
 @pytest.mark.parametrize("source", build.sources(), ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(desk, source, is_solved):
+def test_a_notebook_runs_from_top_to_bottom(whole_desk, source, is_solved):
     notebook = build.notebook(source, solved=is_solved)
-    desk.write(notebook, f"{source.stem}.ipynb")
-    folder = {"metadata": {"path": str(desk.exercises)}}
+    whole_desk.write(notebook, f"{source.stem}.ipynb")
+    folder = {"metadata": {"path": str(whole_desk.exercises)}}
     NotebookClient(notebook, timeout=120, resources=folder).execute()
     said = "".join(
         output.get("text", "") for cell in notebook.cells
@@ -151,27 +161,42 @@ def test_a_notebook_runs_from_top_to_bottom(desk, source, is_solved):
         assert f"{state}\033[0m  {id_}\n" in said, said
     assert f"{len(own) if is_solved else 0}/{len(own)} passed" in said
     assert ("Not saved" in said) is False
-    assert ("bits per byte" in said) is is_solved
+    assert (EXPERIMENTS[source.stem] in said) is is_solved
 
 
 FRESH = """\
 = test session starts =
-collected 11 items
+collected 18 items
 
-exercises/01_transformer.ipynb -----------                               [100%]
+exercises/01_transformer.ipynb -----------                               [ 61%]
+exercises/02_mtp.ipynb -------                                           [100%]
 
 = progress =
-[------------------------------] 0/11 passed
+[------------------------------] 0/18 passed
 next: lm.1, 01_transformer.ipynb, cell 4    hint: python exercises hint lm.1
-= 11 todo in 0.00s ="""
+= 18 todo in 0.00s ="""
 
 
-def test_a_fresh_checkout_is_all_todo(desk):
-    status, said = desk.grade()
+def test_a_fresh_checkout_is_all_todo(whole_desk):
+    status, said = whole_desk.grade()
     assert status == 0
     assert said == FRESH
     assert len(said.splitlines()) <= 15
-    assert "\033[31m" not in desk.grade("--color=yes")[1]
+    assert "\033[31m" not in whole_desk.grade("--color=yes")[1]
+
+
+def test_one_chapter_follows_the_other(whole_desk):
+    """What mtp.3 needs is chapter 1's reference, whatever the learner has there."""
+    for id_ in LM:
+        whole_desk.answer(id_, solved(id_))
+    whole_desk.answer("lm.6", "def rmsnorm_backward(dy, x, g, eps):\n    return dy, g")
+    whole_desk.answer("mtp.3", solved("mtp.3"), "02_mtp.ipynb")
+    _, said = whole_desk.grade()
+    assert said.splitlines()[-1] == "= 1 failed, 10 passed, 7 todo in 0.00s ="
+    whole_desk.answer("lm.6", solved("lm.6"))
+    status, said = whole_desk.grade()
+    assert (status, said.splitlines()[-1]) == (0, "= 12 passed, 6 todo in 0.00s =")
+    assert "next: mtp.1, 02_mtp.ipynb, cell 4" in said
 
 
 ONE_WRONG = """\
@@ -220,7 +245,7 @@ def test_what_needs_an_exercise_gets_the_reference(desk):
 
 
 def test_the_assembled_exercise_waits_and_then_runs_the_own_parts(desk):
-    for id_ in IDS:
+    for id_ in LM:
         desk.answer(id_, solved(id_))
     desk.answer("lm.5", "def embedding_backward(dy, ids, V):\n    return dy")
     status, said = desk.grade("-v")
@@ -255,11 +280,12 @@ def test_committed_notebooks_open_everywhere():
             assert "\r" not in text
 
 
-def test_the_transcript_in_the_readme_is_real(desk):
+def test_the_transcript_in_the_readme_is_real(whole_desk):
     """It is what this very run prints, but for times and the width of a line."""
-    desk.answer("lm.1", solved("lm.1"))
-    desk.answer("lm.2", spec.find("lm.2").wrong[0].patched(solved("lm.2")))
+    whole_desk.answer("lm.1", solved("lm.1"))
+    whole_desk.answer("lm.2", spec.find("lm.2").wrong[0].patched(solved("lm.2")))
     readme = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
     block = readme.split("transcript -->")[1].removesuffix("<!-- end of ")
-    shown = block.strip().removeprefix("```text\n$ pytest exercises/\n")
-    assert steady(shown.removesuffix("```")) == desk.grade()[1]
+    command = f"pytest exercises/{CHAPTER}"
+    shown = block.strip().removeprefix(f"```text\n$ {command}\n")
+    assert steady(shown.removesuffix("```")) == whole_desk.grade(command.split()[1])[1]

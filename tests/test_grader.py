@@ -287,6 +287,20 @@ def test_tiny_numbers_are_compared_too():
     assert compare.fault(np.zeros(2), (tiny,), ("X",), TOL) is not None
 
 
+@pytest.mark.parametrize(
+    ("yours", "message"),
+    [
+        ((A[0], A[0, :2]), "X has shape (3,), expected (2, 3)."),
+        ((A[:, 0], A), "X has shape (2,), expected (2, 3). That is the shape of Y"),
+        ((A, A), "Y has shape (2, 3), expected (2,). That is the shape of X"),
+        ((A, 1.0), "Y has shape (), expected (2,). Did a sum take all axes?"),
+    ],
+)
+def test_a_wrong_shape_among_several_results(yours, message):
+    said = compare.fault(yours, (A, A[:, 0]), ("X", "Y"), TOL)
+    assert said.startswith(message), said
+
+
 # --- in the notebook --------------------------------------------------------------
 
 

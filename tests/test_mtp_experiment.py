@@ -11,7 +11,7 @@ sys.path.insert(0, str(BOOK))
 
 import mtp_experiment as experiment  # noqa: E402
 
-TABLES = ("mtp_training", "mtp_drafts")
+TABLES = ("mtp_training", "mtp_agreement", "mtp_drafts")
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -29,6 +29,9 @@ def test_every_arm_has_the_same_seeds_and_at_least_three() -> None:
     assert len(set(seeds["with"])) == len(seeds["with"]) >= 3
     assert seeds["without"] == seeds["with"] == seeds["equal time"]
     drafts = experiment.read("mtp_drafts")
+    agreed = experiment.read("mtp_agreement")
+    for arm in ("start", "end"):
+        assert [r["seed"] for r in agreed if r["arm"] == arm] == seeds["with"]
     per_seed = len(experiment.LAYERS) * len(experiment.TEMPERATURES)
     assert len(drafts) == per_seed * len(seeds["with"])
 

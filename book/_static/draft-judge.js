@@ -27,14 +27,14 @@
     }
 
     start() {
-      this.tokens = [...this.getAttribute("tokens")]; // six, as in P
-      this.seed = 7; // the same draws for every reader
+      this.tokens = [...(this.getAttribute("tokens") || "resxld")]; // six, as in P
+      this.seed = 20241226; // the same draws for every reader
       this.innerHTML = this.markup();
       this.classList.add("ready");
       this.querySelectorAll(".presets button").forEach((button) =>
         button.addEventListener("click", () => this.changed(button.textContent)));
       this.querySelector(".draw").addEventListener("click", () => this.sample(1000));
-      this.querySelector("input").addEventListener("change", () => this.changed(this.preset));
+      this.querySelector("input").onchange = () => this.changed(this.preset);
       this.querySelectorAll("[role=slider]").forEach((grip) => this.listen(grip));
       this.changed("good draft");
     }
@@ -50,8 +50,8 @@
         <span>${formula}</span><output></output></li>`;
       return `<div class="presets" role="group" aria-label="laws to start from">${
         Object.keys(PRESETS).map((p) => `<button type="button">${p}</button>`).join("")}
-        </div><p class="head">The byte after <code>${this.getAttribute("context")
-        .replaceAll(" ", "·")}</code>: drag <b class="p">● the model’s p</b> and
+        </div><p class="head">The byte after <code>${(this.getAttribute("context")
+        || "for i in ").replaceAll(" ", "·")}</code>: drag <b class="p">● the model’s p</b> and
         <b class="q">◆ the draft’s q</b></p>
         <div class="laws chart" role="group" aria-label="p and q">${grid}${columns(
         (t, x) => `<i class="kept"></i><i class="missing"></i><i class="refused"></i>
@@ -183,16 +183,16 @@
       if (!n && Math.abs(law[far] - p[far]) > 1e-9)
         return `Not p: ${name(far)} comes out with ${percent(law[far])} instead of
           ${percent(p[far])}. Can 1000 draws tell?`;
-      if (!n && this.wrong)
-        return "Here the wrong rule gives p too: a test on such laws cannot find it.";
+      if (!n && this.wrong) return "Here the wrong rule gives p too. No test would tell.";
       if (!n) return `Refused and missing are equal, since p and q both sum to 1 (it is
-        their total variation). What a refusal adds is just what is missing: p.`;
+        their total variation). Refusals put back just what is missing: out comes p.`;
       const z = this.counts.map((c, i) => // in standard errors, 0/0 is none
         Math.abs(c - n * p[i]) / Math.sqrt(n * p[i] * (1 - p[i])) || 0);
       const x = worst(z);
       return `${n} drawn, ${this.accepted} drafts kept. Furthest from p: ${name(x)} with
-        ${percent(this.counts[x] / n)} instead of ${percent(p[x])}. That is ${
-        z[x].toFixed(1)} standard errors: ${z[x] > 4 ? "not " : ""}chance.`;
+        ${percent(this.counts[x] / n)} instead of ${percent(p[x])}: ${z[x].toFixed(1)}
+        standard errors, ${z[x] > 4 ? "not chance" : z[x] < 2.5 ? "chance"
+        : "draw more"}.`;
     }
   }
   customElements.define("draft-judge", DraftJudge);

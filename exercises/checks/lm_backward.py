@@ -1,31 +1,19 @@
-"""Chapter 1, backwards: RMSNorm, softmax, attention."""
+"""Chapter 1, backwards: RMSNorm and softmax."""
 
 import numpy as np
 from grader.spec import Case, Check, Wrong
 
 from checks.draws import normal, weights
 
-
-def attention(
-    B: int, H: int, T: int, S: int, d: int, d_v: int, scale: float, seed: int
-) -> Case:
-    """One case of multi-query attention."""
-    do, q = normal(B, H, T, d_v, seed=seed), normal(B, H, T, d, seed=seed + 10)
-    k, v = normal(B, S, d, seed=seed + 20), normal(B, S, d_v, seed=seed + 30)
-    P = weights(B, H, T, S, seed=seed + 40)
-    label = f"B={B}, {H} heads, {T} queries, {S} keys, d={d}, d_v={d_v}"
-    return Case(label, (do, q, k, v, P, scale))
-
-
 RMSNORM = Check(
     "lm.6",
     returns=("dx", "dg"),
     cases=lambda: [
         Case(
-            "one row of three",
+            "two rows of three",
             (
-                np.array([[[1.0, 0.0, -1.0]]]),
-                np.array([[[2.0, 1.0, 2.0]]]),
+                np.array([[[1.0, -2.0, 0.5], [3.0, 1.0, -1.0]]]),
+                np.array([[[2.0, 1.0, -3.0], [0.5, -1.0, 4.0]]]),
                 np.array([1.0, 2.0, 0.5]),
                 1e-6,
             ),
@@ -43,9 +31,9 @@ RMSNORM = Check(
             "a row as small as eps",
             (
                 normal(1, 2, 5, seed=4),
-                normal(1, 2, 5, seed=5, scale=1e-3),
+                normal(1, 2, 5, seed=5, scale=1e-4),
                 normal(5, seed=6),
-                1e-6,
+                1e-8,
             ),
         ),
         Case(
@@ -77,6 +65,38 @@ RMSNORM = Check(
             "a part along x, which cannot change the loss.",
         ),
         Wrong(
+            "a plus between the two terms",
+            "dx = r * dz - x",
+            "dx = r * dz + x",
+            "A larger x makes r smaller: the second term carries a minus.",
+        ),
+        Wrong(
+            "half of the second term",
+            " - x * r**3",
+            " - 0.5 * x * r**3",
+            "The 1/2 of the root meets the 2 of x squared: together they are 1.",
+        ),
+        Wrong(
+            "the second term twice",
+            " - x * r**3",
+            " - 2 * x * r**3",
+            "The 2 of x squared meets the 1/2 of the root: together they are 1.",
+        ),
+        Wrong(
+            "the gain forgotten in dx",
+            "dz = g * dy",
+            "dz = dy",
+            "What arrives at the normalised row has passed the gain: dz = g * dy, in "
+            "both terms.",
+        ),
+        Wrong(
+            "the gain pulled out in front",
+            "r * dz - x * r**3 * np.mean(dz * x, axis=-1, keepdims=True)",
+            "g * (r * dy - x * r**3 * np.mean(dy * x, axis=-1, keepdims=True))",
+            "The mean mixes the entries of a row, each with a gain of its own: g is "
+            "inside it, and not in front of the second term.",
+        ),
+        Wrong(
             "the gain left out of the second term",
             "np.mean(dz * x,",
             "np.mean(dy * x,",
@@ -88,6 +108,14 @@ RMSNORM = Check(
             "np.mean(dz * x,",
             "np.sum(dz * x,",
             "r holds the mean of x squared, so its derivative carries a 1/D.",
+        ),
+        Wrong(
+            "sums in place of both means",
+            "np.mean(x * x,",
+            "np.sum(x * x,",
+            "The M of RMS is a mean: r comes from the mean of the squares, and its "
+            "derivative carries the same 1/D.",
+            (("np.mean(dz * x,", "np.sum(dz * x,"),),
         ),
         Wrong(
             "r squared instead of cubed",
@@ -107,6 +135,26 @@ RMSNORM = Check(
             "np.sum(dy * x * r,",
             "np.sum(dy * x,",
             "y = g * (x r): what g multiplies is the normalised row x r, not x.",
+        ),
+        Wrong(
+            "the gain in its own gradient",
+            "np.sum(dy * x * r,",
+            "np.sum(dz * x * r,",
+            "y is linear in g, so its derivative is x r, without g: dg is made from dy "
+            "and not from dz.",
+        ),
+        Wrong(
+            "the gain's gradient averaged",
+            "np.sum(dy * x * r,",
+            "np.mean(dy * x * r,",
+            "What is shared, sums: all rows use one gain, and nothing divides their "
+            "gradients.",
+        ),
+        Wrong(
+            "the gain's gradient not summed",
+            "np.sum(dy * x * r, axis=(0, 1))",
+            "dy * x * r",
+            "What is shared, sums: all B*T rows use one gain, so dg has shape (D,).",
         ),
     ),
     right=(
@@ -165,6 +213,46 @@ SOFTMAX_BACKWARD = Check(
             "The average that is subtracted weighs each dP by its probability.",
         ),
         Wrong(
+            "the sum of dP without weights",
+            "np.sum(P * dP, axis=-1, keepdims=True)",
+            "np.sum(dP, axis=-1, keepdims=True)",
+            "The average that is subtracted weighs each dP by its probability: the sum "
+            "of P * dP.",
+        ),
+        Wrong(
+            "a mean of P * dP where the sum belongs",
+            "np.sum(P * dP, axis=-1, keepdims=True)",
+            "np.mean(P * dP, axis=-1, keepdims=True)",
+            "P already holds the weights, and they sum to one. Nothing is left to "
+            "divide by.",
+        ),
+        Wrong(
+            "one sum for the whole array",
+            "np.sum(P * dP, axis=-1, keepdims=True)",
+            "np.sum(P * dP)",
+            "Each row is a softmax of its own: sum over the last axis, with "
+            "keepdims=True.",
+        ),
+        Wrong(
+            "the sum over the last axis but one",
+            "np.sum(P * dP, axis=-1, keepdims=True)",
+            "np.sum(P * dP, axis=-2, keepdims=True)",
+            "The probabilities of one softmax lie along the last axis: axis=-1.",
+        ),
+        Wrong(
+            "the second term without its P",
+            "P * (dP - np.sum(P * dP, axis=-1, keepdims=True))",
+            "P * dP - np.sum(P * dP, axis=-1, keepdims=True)",
+            "P stands in front of both terms: P * (dP - sum).",
+        ),
+        Wrong(
+            "the arguments exchanged",
+            "P * (dP - np.sum(P * dP, axis=-1, keepdims=True))",
+            "dP * (P - np.sum(P * dP, axis=-1, keepdims=True))",
+            "The gradient dP comes first, the probabilities P second; the result "
+            "carries P in front.",
+        ),
+        Wrong(
             "nothing subtracted",
             "(dP - np.sum(P * dP, axis=-1, keepdims=True))",
             "dP",
@@ -189,82 +277,4 @@ SOFTMAX_BACKWARD = Check(
     ),
 )
 
-ATTENTION = Check(
-    "lm.8",
-    returns=("dq", "dk", "dv"),
-    cases=lambda: [
-        attention(B=1, H=2, T=2, S=2, d=2, d_v=1, scale=0.5, seed=0),
-        attention(B=2, H=3, T=2, S=5, d=4, d_v=3, scale=0.5, seed=1),
-        attention(B=1, H=1, T=4, S=4, d=2, d_v=5, scale=-1.5, seed=2),
-        attention(B=2, H=2, T=1, S=3, d=3, d_v=2, scale=3**-0.5, seed=3),
-    ],
-    hints=(
-        "Walk back: o is the product of P and v, so it has two gradients, dP and dv. "
-        "dP goes through the softmax, times the scale, and meets a second product.",
-        "`np.einsum` spells the sums: dv is `'bhts,bhtv->bsv'` of P and do, summed "
-        "over h and t, because one v serves all heads and all queries. `dS = scale * "
-        "softmax_backward(dP, P)`.",
-        "`dP = np.einsum('bhtv,bsv->bhts', do, v)`; dq is `'bhts,bsd->bhtd'` of dS "
-        "and k; dk is `'bhts,bhtd->bsd'` of dS and q.",
-    ),
-    wrong=(
-        Wrong(
-            "the scale forgotten",
-            "scale * softmax_backward(dP, P)",
-            "softmax_backward(dP, P)",
-            "The scores were scale * q k, so the gradient of q k is scale times that "
-            "of the scores.",
-        ),
-        Wrong(
-            "the softmax skipped",
-            "softmax_backward(dP, P)",
-            "dP",
-            "dP is the gradient of the weights. The scores are on the other side of "
-            "the softmax.",
-        ),
-        Wrong(
-            "dk taken from one head",
-            'dk = np.einsum("bhts,bhtd->bsd", dS, q)',
-            "dk = dS[:, 0].swapaxes(1, 2) @ q[:, 0]",
-            "One key serves all heads, so its gradient is the sum over them. (MLA "
-            "has such a key, and this is its most common bug.)",
-        ),
-        Wrong(
-            "dk averaged over the heads",
-            'dk = np.einsum("bhts,bhtd->bsd", dS, q)',
-            'dk = np.einsum("bhts,bhtd->bsd", dS, q) / q.shape[1]',
-            "What is shared, sums: the heads' gradients add up, nothing divides them.",
-        ),
-        Wrong(
-            "dv averaged over the heads",
-            'dv = np.einsum("bhts,bhtv->bsv", P, do)',
-            'dv = np.einsum("bhts,bhtv->bsv", P, do) / q.shape[1]',
-            "What is shared, sums: one v serves all heads, and their gradients add up.",
-        ),
-        Wrong(
-            "the scale used twice",
-            'dq = np.einsum("bhts,bsd->bhtd", dS, k)',
-            'dq = scale * np.einsum("bhts,bsd->bhtd", dS, k)',
-            "dS carries the scale already.",
-        ),
-    ),
-    right=(
-        "def attention_backward(do, q, k, v, P, scale):\n"
-        "    k, v = k[:, None], v[:, None]\n"
-        "    dS = softmax_backward(do @ v.swapaxes(2, 3), P)\n"
-        "    dv = (P.swapaxes(2, 3) @ do).sum(1)\n"
-        "    dk = (dS.swapaxes(2, 3) @ (q * scale)).sum(1)\n"
-        "    return dS @ k * scale, dk, dv\n",
-        "def attention_backward(do, q, k, v, P, scale):\n"
-        "    B, H, T, S = P.shape\n"
-        "    rows = lambda x: x.reshape(B, H * T, -1)\n"
-        "    o = P @ v[:, None]\n"
-        "    dP = do @ v[:, None].swapaxes(2, 3)\n"
-        "    dS = scale * P * (dP - (do * o).sum(-1, keepdims=True))\n"
-        "    dk = rows(dS).swapaxes(1, 2) @ rows(q)\n"
-        "    dv = rows(P).swapaxes(1, 2) @ rows(do)\n"
-        "    return dS @ k[:, None], dk, dv\n",
-    ),
-)
-
-CHECKS = [RMSNORM, SOFTMAX_BACKWARD, ATTENTION]
+CHECKS = [RMSNORM, SOFTMAX_BACKWARD]

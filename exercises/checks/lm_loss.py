@@ -49,6 +49,38 @@ CROSS_ENTROPY = Check(
             "len(targets) is B. The mean runs over all B*T positions: targets.size.",
         ),
         Wrong(
+            "divided by the number of positions of one sequence",
+            "targets.size",
+            "targets.shape[1]",
+            "That is T. The mean runs over all B*T positions: targets.size.",
+        ),
+        Wrong(
+            "divided by the number of logits",
+            "targets.size",
+            "logits.size",
+            "The loss is a mean over B*T positions, one term each. The V logits of a "
+            "position are no terms of it.",
+        ),
+        Wrong(
+            "only what was expected divided",
+            "(softmax(logits) - onehot) / targets.size",
+            "softmax(logits) - onehot / targets.size",
+            "The mean divides the whole difference: a pair of brackets is missing.",
+        ),
+        Wrong(
+            "only what came divided",
+            "(softmax(logits) - onehot) / targets.size",
+            "softmax(logits) / targets.size - onehot",
+            "The mean divides the whole difference, the 1 at the target too.",
+        ),
+        Wrong(
+            "every target struck at every position",
+            "np.eye(logits.shape[-1])[targets]",
+            "np.zeros(logits.shape)\n    onehot[:, :, targets] = 1.0",
+            "[:, :, targets] means all positions, each with all targets. One target "
+            "for each position: index with b and t too, or use one-hot rows.",
+        ),
+        Wrong(
             "what came minus what was expected",
             "softmax(logits) - onehot",
             "onehot - softmax(logits)",
@@ -106,11 +138,32 @@ EMBEDDING = Check(
     ),
     wrong=(
         Wrong(
-            "dW[ids] += dy",
+            "each occurrence replaces the one before",
             "np.add.at(dW, ids, dy)",
             "dW[ids] += dy",
-            "Where an id occurs more than once, NumPy writes the row several times "
-            "and keeps the last: all other gradients are lost.",
+            "Where an id occurs more than once, only the last gradient is left. dW[i] "
+            "= ... does that, and so does dW[ids] += dy: NumPy reads all rows first.",
+        ),
+        Wrong(
+            "repeats within a sequence lost",
+            "    np.add.at(dW, ids, dy)\n",
+            "    for row, d in zip(ids, dy):\n        dW[row] += d\n",
+            "An id may occur twice in one sequence, and dW[ids[b]] += dy[b] then keeps "
+            "the last gradient of that sequence only.",
+        ),
+        Wrong(
+            "repeats between sequences lost",
+            "    np.add.at(dW, ids, dy)\n",
+            "    for t in range(ids.shape[1]):\n        dW[ids[:, t]] += dy[:, t]\n",
+            "Two sequences may have the same id at the same place, and dW[ids[:, t]] "
+            "+= dy[:, t] then keeps the gradient of the last one only.",
+        ),
+        Wrong(
+            "divided by the number of positions",
+            "    return dW\n",
+            "    return dW / ids.size\n",
+            "If the loss is a mean, its 1/(B*T) is in dy already. Here the gradients "
+            "only add up.",
         ),
         Wrong(
             "the mean over the occurrences",

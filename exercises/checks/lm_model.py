@@ -55,7 +55,7 @@ ASSEMBLED = Check(
         model(B=2, T=5, V=7, D=4, d=6, wide=3, H=3, eps=1e-2, seed=2),
         model(B=3, T=1, V=3, D=8, d=2, wide=9, H=1, eps=1e-6, seed=3),
         model(B=2, T=4, V=5, D=3, d=2, wide=4, H=4, eps=1e-6, seed=4),
-        by_default(model(B=1, T=2, V=3, D=4, d=2, wide=3, H=2, eps=1e-6, seed=5)),
+        by_default(model(B=1, T=2, V=3, D=4, d=2, wide=3, H=2, eps=1e-6, seed=12)),
     ],
     hints=(
         "Read the forward pass from its last line to its first. Each product with a "
@@ -87,7 +87,35 @@ ASSEMBLED = Check(
             "turned forwards on the way back",
             "dq = rope(dq.swapaxes(1, 2), -positions)",
             "dq = rope(dq.swapaxes(1, 2), positions)",
-            "The gradient of a rotation is the rotation back: positions with a minus.",
+            "The gradient of a rotation is the rotation back: positions with a minus, "
+            "for dq and for dk.",
+            (
+                (
+                    "dk = rope(dk[:, :, None], -positions)",
+                    "dk = rope(dk[:, :, None], positions)",
+                ),
+            ),
+        ),
+        Wrong(
+            "dq turned forwards",
+            "dq = rope(dq.swapaxes(1, 2), -positions)",
+            "dq = rope(dq.swapaxes(1, 2), positions)",
+            "The gradient of a rotation is the rotation back: positions with a minus, "
+            "for dq as for dk.",
+        ),
+        Wrong(
+            "dk turned forwards",
+            "dk = rope(dk[:, :, None], -positions)",
+            "dk = rope(dk[:, :, None], positions)",
+            "The gradient of a rotation is the rotation back: positions with a minus, "
+            "for dk as for dq.",
+        ),
+        Wrong(
+            "dk not turned back",
+            "    dk = rope(dk[:, :, None], -positions)[:, :, 0]\n",
+            "",
+            "k was rotated too, after its projection; its gradient must be rotated "
+            "back before, as that of q.",
         ),
         Wrong(
             "dq and dk not turned back",
@@ -96,6 +124,40 @@ ASSEMBLED = Check(
             "    dq = dq.swapaxes(1, 2).reshape(B, T, H * d)\n",
             "q and k were rotated after their projections; their gradients must be "
             "rotated back before.",
+        ),
+        Wrong(
+            "the gate's way back alone",
+            'linear_backward("W_gate", da, u2) + linear_backward("W_up", db, u2)',
+            'linear_backward("W_gate", da, u2)\n    linear_backward("W_up", db, u2)',
+            "u2 was read twice, for gate and up: two gradients add up.",
+        ),
+        Wrong(
+            "the values' way back alone",
+            'du1 = du1 + linear_backward("W_v", dv, u1)',
+            'du1 = linear_backward("W_v", dv, u1)',
+            "u1 was read three times, for queries, keys and values: three gradients "
+            "add up, and none replaces the others.",
+        ),
+        Wrong(
+            "the norm's output handed to its backward",
+            "rmsnorm_backward(du2, x1,",
+            "rmsnorm_backward(du2, u2,",
+            "rmsnorm_backward wants what went into the norm: x0 and x1, not u1 and u2.",
+            (("rmsnorm_backward(du1, x0,", "rmsnorm_backward(du1, u1,"),),
+        ),
+        Wrong(
+            "u2 handed to the backward of its norm",
+            "rmsnorm_backward(du2, x1,",
+            "rmsnorm_backward(du2, u2,",
+            "rmsnorm_backward wants what went into the norm, x1, not u2, which came "
+            "out of it.",
+        ),
+        Wrong(
+            "the gradient given to the targets' rows",
+            "embedding_backward(dx0 + dx1, past,",
+            "embedding_backward(dx0 + dx1, targets,",
+            "The table was read at the ids that went in, past; the targets are read by "
+            "the loss.",
         ),
         Wrong(
             "the values' way back forgotten",

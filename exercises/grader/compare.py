@@ -83,12 +83,10 @@ def fault(
                 return said
     for name, yours, right in table:
         if said := _shape(name, np.asarray(yours), right):
-            others = [
-                n for n, _, r in table if n != name and r.shape == np.shape(yours)
-            ]
-            return said + f" That is the shape of {others[0]}: exchanged?" * bool(
-                others
-            )
+            for other, _, its in table:
+                if other != name and its.shape == np.shape(yours):
+                    return f"{said} That is the shape of {other}: exchanged?"
+            return said
     for name, yours, right in table:
         if said := _finite(name, np.asarray(yours), right):
             return said

@@ -4,7 +4,7 @@ import linecache
 import os
 import sys
 from types import CodeType, FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from minidsv3.gpu.threads import Thread
@@ -111,17 +111,14 @@ def raised_at(trace: TracebackType) -> Place:
     return [p for p in places if not p.file.startswith(HERE)][-1]
 
 
-Report = TypeVar("Report", bound=SimulatorError)
-
-
 def report(
-    kind: type[Report],
+    kind: type[SimulatorError],
     thread: "Thread",
     what: str,
     advice: str,
     place: Place | None = None,
     **facts: Any,
-) -> Report:
+) -> SimulatorError:
     """The error that says: this thread, at this line, did this; do that instead.
 
     Without a place it is where the thread stands now.

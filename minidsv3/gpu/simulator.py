@@ -1,4 +1,4 @@
-"""Launch a CUDA kernel without a GPU, and be told what is wrong with it.
+"""Launch a CUDA kernel without a GPU, and be told what is wrong with it::
 
     from minidsv3.gpu.simulator import cuda, launch
 

@@ -1,0 +1,104 @@
+"""Answers of somebody who had not seen the checks: three in four of them wrong.
+
+They were written from the text of the notebook alone, to deceive the judge or in the
+ways that learners go wrong. In ``strangers/`` each has a name; a wrong one is never
+accepted, and with ``named`` it is told that misconception. The right ones look unlike
+the references, and all are accepted, on their own and as parts of lm.11.
+"""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from grader import spec
+from grader.cell import Answer
+from grader.source import exercises, find
+from grader.verdict import FAILED, PASSED, Verdict
+from grader.workers import judged
+
+STRANGERS = {
+    path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(Path(__file__).with_name("strangers").glob("*.toml"))
+}
+WRONG = [(i, name) for i in STRANGERS for name in STRANGERS[i]["wrong"]]
+RIGHT = [(i, name) for i in STRANGERS for name in STRANGERS[i]["right"]]
+PARTS = [(i, name) for i, name in RIGHT if i in find("lm.11").assembles]
+LISTED = [
+    (i, n) for i in find("lm.11").assembles for n in range(len(spec.find(i).right))
+]
+
+
+def answer(id_: str, kind: str, name: str) -> str:
+    """The text of an answer; of lm.11 the files hold what follows the given lines."""
+    found = STRANGERS[id_][kind][name]
+    text = found.get("text") or patched(id_, found["replace"])
+    if id_ == "lm.11":
+        given, _, _ = find(id_).stub.rpartition("    grads = {}\n")
+        return given + text
+    return f"# exercise: {id_}\n{text}"
+
+
+def patched(id_: str, pairs: list[list[str]]) -> str:
+    """The one right answer to an exercise, with a few strings replaced."""
+    (right,) = STRANGERS[id_]["right"].values()
+    text = right["text"]
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def verdict(id_: str, text: str, **own: str) -> Verdict:
+    """The judge's word, with references for parts but for those of one's own."""
+    parts = {part: find(part).reference for part in find(id_).assembles}
+    return judged(Answer(id_, text, parts | own))
+
+
+def test_there_are_enough_of_them_and_every_exercise_has_some():
+    assert set(STRANGERS) == {i for i in exercises() if i.startswith("lm.")}
+    assert len(WRONG) >= 60 and len(RIGHT) >= 15
+
+
+def test_every_name_is_that_of_a_misconception():
+    for id_, entries in STRANGERS.items():
+        known = {wrong.name for wrong in spec.find(id_).wrong}
+        asked = {entry.get("named") for entry in entries["wrong"].values()} - {None}
+        assert asked <= known, id_
+
+
+@pytest.mark.parametrize(("id_", "name"), WRONG)
+def test_a_wrong_answer_is_refused_and_named(id_, name):
+    said = verdict(id_, answer(id_, "wrong", name))
+    assert said.state == FAILED
+    if named := STRANGERS[id_]["wrong"][name].get("named"):
+        likeness, _, its_name = said.headline.partition(": ")
+        assert its_name == named, said.text()
+        assert likeness in ("Looks like", "On this case it looks like")
+
+
+@pytest.mark.parametrize(("id_", "name"), RIGHT)
+def test_a_right_answer_is_accepted(id_, name):
+    said = verdict(id_, answer(id_, "right", name))
+    assert said.state == PASSED, said.text()
+
+
+@pytest.mark.parametrize(("part", "name"), PARTS)
+def test_a_right_answer_is_a_part_of_the_model(part, name):
+    own = {part: answer(part, "right", name)}
+    said = verdict("lm.11", find("lm.11").reference, **own)
+    assert said.state == PASSED, said.text()
+
+
+@pytest.mark.parametrize(("part", "number"), LISTED)
+def test_what_the_checks_call_right_is_a_part_of_the_model(part, number):
+    own = {part: f"# exercise: {part}\n{spec.find(part).right[number]}"}
+    said = verdict("lm.11", find("lm.11").reference, **own)
+    assert said.state == PASSED, said.text()
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_unusual_parts_agree_with_each_other(end):
+    own = {i: list(STRANGERS[i]["right"])[end] for i in find("lm.11").assembles}
+    texts = {i: answer(i, "right", name) for i, name in own.items()}
+    said = verdict("lm.11", find("lm.11").reference, **texts)
+    assert said.state == PASSED, said.text()
