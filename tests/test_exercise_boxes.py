@@ -191,7 +191,7 @@ def test_a_change_of_hint_or_task_reaches_the_page(tmp_path):
 def test_what_is_missing_fails_the_build_and_is_named(tmp_path, ids, complaint):
     root = write_book(tmp_path, ids)
     checks = root / "exercises/checks/lm_forward.py"
-    replace(checks, "CHECKS = [SOFTMAX, CAUSAL, ", "CHECKS = [SOFTMAX, ")
+    replace(checks, "CHECKS = [SOFTMAX, CAUSAL]", "CHECKS = [SOFTMAX]")
     run = build(root)
     assert run.returncode != 0
     assert re.search(r"book/index\.md:5: \w+: " + re.escape(complaint), run.stderr)

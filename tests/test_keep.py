@@ -31,7 +31,7 @@ def test_hint_on_the_command_line(desk):
     assert ran.stdout.startswith("lm.3, hint 2 of 3: the call and its shapes\n")
     assert max(map(len, ran.stdout.splitlines())) <= 80
     assert desk.command("hint", "lm.3", "9").returncode == 2
-    assert "There is no exercise lm.99" in desk.command("hint", "lm.99").stdout
+    assert "there is no exercise lm.99" in desk.command("hint", "lm.99").stderr
     assert desk.command().returncode == 2
 
 
@@ -103,7 +103,7 @@ def test_update_puts_answers_and_own_cells_back(desk):
     change_upstream(desk)
     ran = desk.command("update")
     assert ran.returncode == 0, ran.stderr
-    assert "1 notebooks written, 2 answers put in." in ran.stdout
+    assert "notebooks written: 1, answers put in: 2\n" in ran.stdout
     cells = sources_of(desk)
     assert desk.text_of("lm.1") == solved("lm.1")
     assert "# so far" in desk.text_of("lm.3")

@@ -87,7 +87,7 @@ TORCH = {
         "return torch.tensor(x.numpy() / (1 + np.exp(-x.numpy())))",
         "The answer works only without gradients",
     ),
-    "in place": ("return x.mul_(torch.sigmoid(x))", "changes its argument 1"),
+    "in place": ("return x.mul_(torch.sigmoid(x))", "changes its argument `x`"),
     "None": ("x * torch.sigmoid(x)", "returns None"),
     "the library's": ("import minidsv3.primitives", "Borrowed from minidsv3"),
 }
@@ -108,7 +108,10 @@ CUDA = {
     ),
     "nothing written": (KERNEL.replace("out[0] =", "x_0 ="), "nan"),
     "a misconception": (KERNEL.replace("width = 32", "width = 16"), "Looks like: half"),
-    "the input changed": (KERNEL + "    x[t] = 0.0\n", "changes its argument 1"),
+    "the input changed": (
+        KERNEL + "    x[t] = 0.0\n",
+        "\nYour function changes its argument `x`",
+    ),
     "an endless loop": (
         KERNEL.replace("width //= 2", "width += 0"),
         "No answer in time",

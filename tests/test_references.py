@@ -69,6 +69,7 @@ def differences(f: Callable[..., np.ndarray], dy: np.ndarray, *arrays) -> list:
 def softmax(f: Callable, rng: Rng) -> None:
     x = rng.normal(0, 5, sizes(rng, 3, low=2))
     x[..., 1:] += rng.choice([0, 900, -np.inf], x[..., 1:].shape)
+    x -= rng.choice([0, 2000], (*x.shape[:-1], 1))  # whole rows far below 0
     agree(f(x), torch.softmax(torch.tensor(x), -1).numpy(), FORWARD)
 
 
@@ -76,6 +77,7 @@ def causal_weights(f: Callable, rng: Rng) -> None:
     B, H, T, past = sizes(rng, 4)
     S = T + past
     scores = rng.normal(-3, 4, (B, H, T, S))
+    scores += rng.choice([0, 2000], (B, H, T, S))
     seen = torch.tensor([[s <= past + t for s in range(S)] for t in range(T)])
     identity = torch.eye(S, dtype=torch.float64).expand(B, H, S, S)
     theirs = F.scaled_dot_product_attention(

@@ -12,7 +12,7 @@ SOFTMAX = Check(
     cases=lambda: [
         Case("two rows of three", (np.array([[0.0, 1.0, 3.0], [2.0, -1.0, 0.5]]),)),
         Case("three axes, none alike", (normal(2, 3, 5, seed=1, scale=3.0),)),
-        Case("numbers around 1000", (np.array([[1000.0, 1001.5, 999.0, 290.0]]),)),
+        Case("numbers around 1000", (np.array([[1000.0, 1001.5, 999.0, 640.0]]),)),
         Case(
             "rows far apart, and entries of -inf",
             (
@@ -92,18 +92,11 @@ SOFTMAX = Check(
             "0/0 is nan. Its maximum is its largest number, whatever the sign.",
         ),
         Wrong(
-            "the mean subtracted",
+            "another number than the maximum subtracted",
             "x.max(axis=-1, keepdims=True)",
             "x.mean(axis=-1, keepdims=True)",
-            "Numbers may lie far above their mean, and one -inf makes it -inf. Only "
-            "the maximum leaves no exponent above 0.",
-        ),
-        Wrong(
-            "the minimum subtracted",
-            "x.max(axis=-1, keepdims=True)",
-            "x.min(axis=-1, keepdims=True)",
-            "That makes every exponent positive, and the largest may still overflow. "
-            "Subtract the maximum: then the largest is 0.",
+            "The mean or the minimum may lie far below the largest number, and one "
+            "-inf makes it -inf. Only the maximum leaves no exponent above 0.",
         ),
     ),
     right=(
@@ -141,9 +134,7 @@ CAUSAL = Check(
         Case(
             "one query near 0, one near -100000",
             (
-                np.array([[2.0, 0.5, 1.0, 3.0], [-2.0, 0.0, -1.0, 1.0], [0, 1, 2, 3]])[
-                    None, None
-                ]
+                np.array([[[[2, 0.5, 1, 3], [-2, 0, -1, 1], [0, 1, 2, 3]]]])
                 - [[0], [1e5], [0]],
             ),
         ),

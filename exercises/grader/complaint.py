@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-ARGUMENT = "argument"  # its name is known where the exercise is
+ARGUMENT = "argument <name>"  # known where the exercise is
 NO_ANSWER = "No answer in time: an endless loop?"
 
 

@@ -84,7 +84,8 @@ def grade(answer: Answer, progress: Callable[[str], None] = print) -> Verdict:
             tree = parsed(answer.text, exercise)
             function = load(answer, exercise, tree)
             outcomes = run(function, check, exercise.kind, cases, progress, printed.cut)
-        judge(outcomes, expected, exercise, check, cases)
+        with np.errstate(all="ignore"):
+            judge(outcomes, expected, exercise, check, cases)
     except Fault as wrong:
         more = {"printed": printed.cut(), **wrong.more}
         return Verdict(answer.id, FAILED, wrong.headline, wrong.advice, **more)
@@ -213,9 +214,18 @@ def misconception(
         ]
         if all(equal):
             return "Looks like", wrong
-        if equal[failed - 1] and not isinstance(outcomes[failed - 1].value, Raised):
+        if equal[failed - 1] and _tells(outcomes[failed - 1].value):
             here.append(wrong)
     return "On this case it looks like", here[0] if len(here) == 1 else None
+
+
+def _tells(value: object) -> bool:
+    """Whether a wrong result is particular enough to be known by one case alone."""
+    if _is_failure(value) or value is ... or value is None:
+        return False
+    results = value if isinstance(value, tuple) else (value,)
+    arrays = [r for r in results if isinstance(r, np.ndarray | np.generic)]
+    return len(arrays) == len(results) and any(np.isfinite(a).any() for a in arrays)
 
 
 def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> bool:
@@ -253,7 +263,8 @@ def argument(outcome: object, exercise: Exercise) -> str:
     """The name of the argument that a complaint is about."""
     number = getattr(outcome, "argument", 0)
     names = ["", *parameters(exercise)]
-    return f"argument `{names[number]}`" if number < len(names) else ARGUMENT
+    known = 0 < number < len(names)
+    return f"argument `{names[number]}`" if known else "argument"
 
 
 def parameters(exercise: Exercise) -> list[str]:

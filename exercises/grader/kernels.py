@@ -5,7 +5,7 @@ what is wrong, where the card would give another number or hang.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import ModuleType
 
@@ -57,7 +57,7 @@ def as_kernel(kernel: Callable, check: Check, case: Launch, first: bool) -> obje
         )
     if on_a_card():
         return launched_there(kernel, case)
-    return first_order if len(first_order) > 1 else first_order[0]
+    return one_or_all(first_order)
 
 
 def prepared(case: Launch) -> list:
@@ -75,7 +75,7 @@ def changed(case: Launch, given: list) -> Complaint | None:
         if i in case.outputs or not isinstance(before, np.ndarray):
             continue
         if not np.array_equal(now, before, equal_nan=before.dtype.kind == "f"):
-            return Complaint.mutated(i + 1, tuple(given[j] for j in case.outputs))
+            return Complaint.mutated(i + 1, one_or_all(given[j] for j in case.outputs))
     return None
 
 
@@ -97,5 +97,10 @@ def launched_there(kernel: Callable, case: Launch) -> object:
     ]
     compiled = kernel if hasattr(kernel, "py_func") else cuda.jit(kernel)
     compiled[case.grid, case.block, 0, case.dynamic_shared](*given)
-    results = tuple(given[i].copy_to_host() for i in case.outputs)
+    return one_or_all(given[i].copy_to_host() for i in case.outputs)
+
+
+def one_or_all(arrays: Iterable[np.ndarray]) -> object:
+    """What a function would return: the one array, or a tuple of several."""
+    results = tuple(arrays)
     return results if len(results) > 1 else results[0]
