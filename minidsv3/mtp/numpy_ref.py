@@ -133,9 +133,9 @@ def chain_backward(
 ) -> tuple[Array, Array, list[Params]]:
     """Gradients of the chain, given those that the head sends to each state.
 
-    Depth k hears from its own head and from depth k + 1. A state that was not read,
-    the last of each depth, gets nothing. Returns dh, de (B, T, D), and one table of
-    gradients a module.
+    Depth k hears from its own head and from depth k + 1; the last state of each depth
+    was read by its head alone and gets a zero from the next. Returns dh, de (B, T, D),
+    and one table of gradients a module.
     """
     B, n, D = dstates[0].shape
     de = np.zeros((B, n + 1, D), dstates[0].dtype)  # (B, T, D)
