@@ -28,12 +28,12 @@ def shifted(f: Callable, rng: Rng) -> None:
     T = k + more
     ids, h = rng.integers(0, 99, (B, T + 1)), rng.normal(size=(B, T - k + 1, D))
     states, tokens, targets = f(h, ids, k)
+    assert states.shape[1] == tokens.shape[1] == targets.shape[1] == T - k
     t = {i: ids[:, i - 1] for i in range(1, T + 2)}  # t_i
     for i in range(1, T - k + 1):
         agree(states[:, i - 1], h[:, i - 1], 0)
         agree(tokens[:, i - 1], t[i + k], 0)
         agree(targets[:, i - 1], t[i + k + 1], 0)
-    assert states.shape[1] == tokens.shape[1] == targets.shape[1] == T - k
     agree(targets, library.targets(ids, k), 0)
 
 
@@ -235,20 +235,38 @@ class Path:
         return self.chosen([((i + 0.5) / 8, 1 / 8) for i in range(8)])
 
 
-def law_of_texts(f: Callable, trunk: Callable, module: Callable, n: int) -> dict:
-    """The probability of each text, through all that `draw` and `chance` may do."""
-    found, waiting = {}, [()]
+def law_of_texts(f: Callable, table: np.ndarray, drafts: np.ndarray, n: int) -> tuple:
+    """The probability of each text, through all that `draw` and `chance` may do, and
+    the mean number of passes.
+    """
+    found, waiting, passes = {}, [()], 0.0
     while waiting:
-        path = Path(*waiting.pop())
+        path, trunk = Path(*waiting.pop()), Markov(table)
         try:
-            text = f(trunk(), module(), [1], n, path.draw, path.chance)
+            text = f(trunk, Reader(drafts), [1], n, path.draw, path.chance)
         except Fork as fork:
             waiting += [(*path.choices, i) for i in range(fork.args[0])]
             continue
         assert len(text) == n
         text = tuple(int(token) for token in text)
         found[text] = found.get(text, 0.0) + path.weight
-    return found
+        passes += path.weight * trunk.passes
+    return found, passes
+
+
+def passes_to_come(table: np.ndarray, drafts: np.ndarray, text: tuple, n: int) -> float:
+    """How many on average, with n tokens missing: a kept draft brings two."""
+    if n < 2:
+        return n
+    p, q = Markov(table)(text)[1][-1], drafts[text[-1]]
+    mean = 1.0
+    for x in range(len(p)):
+        longer = (*text, x)
+        mean += max(p[x] - q[x], 0) * passes_to_come(table, drafts, longer, n - 1)
+        for y, share in enumerate(Markov(table)(longer)[1][-1]):
+            two = passes_to_come(table, drafts, (*longer, y), n - 2)
+            mean += min(p[x], q[x]) * share * two
+    return mean
 
 
 def write(f: Callable, rng: Rng) -> None:
@@ -262,7 +280,10 @@ def exact_law(f: Callable, rng: Rng) -> None:
     table = np.array([[eighths[i] for i in rng.integers(0, 5, 2)] for _ in range(4)])
     drafts = np.array([[0.5, 0.5], [1.0, 0.0]])[rng.permutation(2)]
     n = 4
-    found = law_of_texts(f, lambda: Markov(table), lambda: Reader(drafts), n)
+    found, passes = law_of_texts(f, table, drafts, n)
+    first = Markov(table)([1])[1][-1]
+    after = [passes_to_come(table, drafts, (1, x), n - 1) for x in range(2)]
+    assert abs(passes - 1 - first @ after) < 1e-12
     for text in product(range(2), repeat=n):
         trunk, probability = Markov(table), 1.0
         _, laws = trunk([1])

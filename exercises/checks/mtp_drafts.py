@@ -40,7 +40,6 @@ VERDICT = Check(
     "mtp.5",
     returns=("kept", "law"),
     call=verdict_as_number,
-    exact_zeros=True,
     cases=lambda: [
         Case(
             "a draft that q likes better than p",
@@ -62,6 +61,10 @@ VERDICT = Check(
         ),
         Case("p likes it better, u near 1", (law(5, seed=1), law(5, seed=2), 2, 0.99)),
         Case("p and q agree", (law(4, seed=3), law(4, seed=3), 0, 0.7)),
+        Case(
+            "p's favourite, and q's even more",
+            (np.array([0.2, 0.45, 0.35]), np.array([0.1, 0.8, 0.1]), 1, 0.6),
+        ),
         Case("greedy, and they agree", (sure(5, 3), sure(5, 3), 3, 0.9)),
         Case("greedy, and they do not", (sure(5, 1), sure(5, 3), 3, 0.2)),
         Case("a sure draft, p unsure", (law(4, seed=4), sure(4, 2), 2, 0.5)),
@@ -141,6 +144,20 @@ VERDICT = Check(
             "q[d] <= p[d]",
             "A draft that q likes twice as well as p is kept every other time: that is "
             "what u is for.",
+        ),
+        Wrong(
+            "kept if it is p's favourite",
+            "u * q[d] < p[d]",
+            "d == p.argmax()",
+            "That is the rule for greedy laws. Where tokens are drawn, compare u with "
+            "p_d / q_d.",
+        ),
+        Wrong(
+            "kept where u is above",
+            "u * q[d] < p[d]",
+            "u * q[d] > p[d]",
+            "A uniform number is below r with probability r. The better p likes the "
+            "draft, the easier it is kept.",
         ),
         Wrong(
             "0/0 where p and q agree",

@@ -65,6 +65,37 @@ WRITE = Check(
     ),
     wrong=(
         Wrong(
+            "one token a pass, without a draft",
+            "    while len(text) + 1 < n:\n",
+            "    while len(text) < n:\n"
+            "        states, laws = trunk(text[-1:])\n"
+            "        text.append(draw(laws[-1]))\n"
+            "    while len(text) + 1 < n:\n",
+            "The text is right, and nothing is gained: let the module draft.",
+        ),
+        Wrong(
+            "two passes where one would do",
+            "        states, laws = trunk([text[-1], d])",
+            "        one, two = trunk(text[-1:]), trunk([d])\n"
+            "        states, laws = map(np.concatenate, zip(one, two))",
+            "The gain is that one pass reads both, the last settled token and d.",
+        ),
+        Wrong(
+            "the favourite where a draw belongs",
+            "d = draw(q)",
+            "d = q.argmax()",
+            "Every token is drawn from its law, with `draw`: the draft from q, the "
+            "replacement from what your verdict gives, the second token from laws[1].",
+            (("draw(laws[1])", "laws[1].argmax()"), ("[draw(law)]", "[law.argmax()]")),
+        ),
+        Wrong(
+            "held against a draw of the trunk's own",
+            "kept, law = verdict(laws[0], q, d, chance())",
+            "y = draw(laws[0])\n        kept, law = y == d, np.eye(len(q))[y]",
+            "So the law is right, but only the sum of p q is kept. Your verdict keeps "
+            "the sum of min(p, q).",
+        ),
+        Wrong(
             "a refused draft left in the trunk's cache",
             "            trunk.crop(trunk.length - 1)\n",
             "",
