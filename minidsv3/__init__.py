@@ -6,8 +6,10 @@ The map, mechanism by implementation. Imports point downwards only::
     options       what its words mean
     training      numpy_ref · run_folder
     generation    numpy_ref
-    model         numpy_ref
+    model         numpy_ref · block_numpy_ref
     mtp           numpy_ref
+    moe           numpy_ref
+    mla           numpy_ref
     primitives    numpy_ref · attention_numpy_ref
     gpu           simulator · dialect · threads · warps · memory · binding · reports
     parameters    names and shapes of every parameter
@@ -18,7 +20,4 @@ The map, mechanism by implementation. Imports point downwards only::
     config_json   its border to config.json
     checks        what its numbers must be
     files         replaced whole or not at all
-
-The mixture of experts and multi-head latent attention get a room each; ``parameters``
-and ``config`` know their shapes already.
 """

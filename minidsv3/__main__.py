@@ -45,12 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from minidsv3.model.numpy_ref import check_supported
     from minidsv3.training import numpy_ref as training
     from minidsv3.training import run_folder
 
     model, recipe = configs(options)
-    check_supported(model)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise BadOption(f"--out {out}: is a file, name a folder")

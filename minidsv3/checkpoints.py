@@ -1,8 +1,10 @@
 """Models on disk in DeepSeek's layout: ``config.json`` and ``model.safetensors``.
 
 The file is where NumPy, PyTorch and Hugging Face transformers meet. Weights have the
-same names in memory and in the file; the file also has, in each MTP module, copies of
-embedding and head, which are written on saving and compared on loading.
+same names in memory and in the file, with two differences. The experts of a layer are
+one stacked array in memory, (E, out, in), and one array an expert in the file. And the
+file has, in each MTP module, copies of embedding and head, which are written on saving
+and compared on loading.
 """
 
 import warnings
@@ -17,9 +19,10 @@ from safetensors.numpy import save_file
 
 from minidsv3.config import Config
 from minidsv3.files import replacing
-from minidsv3.parameters import ParameterError, check, first_not_finite
+from minidsv3.parameters import ParameterError, check, first_not_finite, shapes
 
 WEIGHTS = "model.safetensors"
+EXPERTS = "mlp.experts."
 
 
 # Copies in an MTP module: name in the module -> the parameter that it repeats.
@@ -48,15 +51,11 @@ def save(folder: str | Path, params: Mapping[str, np.ndarray], config: Config) -
     culprit = first_not_finite(params)
     if culprit:
         raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
-    if config.n_routed_experts is not None:
-        raise NotImplementedError(
-            f"n_routed_experts={config.n_routed_experts}: only models without experts "
-            "are written so far"
-        )
     folder = Path(folder)
     config.to_json(folder)
     copies = {name: params[first] for name, first in _copies(config).items()}
-    write_tensors(folder / WEIGHTS, {**params, **copies}, {"format": "np"})
+    tensors = _unstacked({**params, **copies})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "np"})
 
 
 def load(
@@ -78,9 +77,47 @@ def load(
     tensors, _ = read_tensors(folder / WEIGHTS)
     config = _without_absent_modules(tensors, config, folder)
     _drop_copies(tensors, config, folder)
+    tensors = _stacked(tensors, config)
     params = {name: a.astype(dtype, copy=False) for name, a in tensors.items()}
     check(params, config)
     return params, config
+
+
+def _unstacked(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One array an expert, as in the file: ``….experts.7.up_proj.weight``."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in params.items():
+        before, stacked, after = name.partition(EXPERTS)
+        one = {f"{before}{EXPERTS}{i}.{after}": a for i, a in enumerate(array)}
+        tensors |= one if stacked else {name: array}
+    return tensors
+
+
+def _stacked(
+    tensors: Mapping[str, np.ndarray], config: Config
+) -> dict[str, np.ndarray]:
+    """The experts of each layer as one array (E, out, in), as in memory.
+
+    Raises ParameterError naming the first expert that is missing or misshapen.
+    """
+    params = dict(tensors)
+    for name, (count, *shape) in shapes(config).items():
+        before, stacked, after = name.partition(EXPERTS)
+        if not stacked:
+            continue
+        ones = [f"{before}{EXPERTS}{i}.{after}" for i in range(count)]
+        for one in ones:
+            if one not in params:
+                raise ParameterError(
+                    f"{one} is missing; the config asks for {count} experts a layer"
+                )
+            if params[one].shape != tuple(shape):
+                raise ParameterError(
+                    f"{one} has shape {params[one].shape}, the config asks for "
+                    f"{tuple(shape)}"
+                )
+        params[name] = np.stack([params.pop(one) for one in ones])
+    return params
 
 
 def _module_prefixes(config: Config) -> list[str]:

@@ -41,13 +41,13 @@ def shapes(config: Config) -> Shapes:
 def _block(config: Config, sparse: bool) -> Shapes:
     """One transformer block: two norms, attention, feed-forward."""
     D = config.hidden_size
-    attention = _mla(config) if config.uses_mla else _plain_attention(config)
-    feed_forward = _moe(config) if sparse else _swiglu(config.intermediate_size, D)
+    attention = mla_shapes(config) if config.uses_mla else _plain_attention(config)
+    dense = _swiglu(config.intermediate_size, D)
     return {
         "input_layernorm.weight": (D,),
         **prefixed("self_attn.", attention),
         "post_attention_layernorm.weight": (D,),
-        **prefixed("mlp.", feed_forward),
+        **prefixed("mlp.", moe_shapes(config) if sparse else dense),
     }
 
 
@@ -62,7 +62,7 @@ def _plain_attention(config: Config) -> Shapes:
     }
 
 
-def _mla(config: Config) -> Shapes:
+def mla_shapes(config: Config) -> Shapes:
     """Multi-head latent attention: DeepSeek-V3 report eqs. (1)–(11)."""
     D, N_h = config.hidden_size, config.num_attention_heads
     d_h, d_R, d_v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -91,7 +91,7 @@ def _swiglu(intermediate: int, D: int) -> Shapes:
     }
 
 
-def _moe(config: Config) -> Shapes:
+def moe_shapes(config: Config) -> Shapes:
     """Router, stacked routed experts and the shared one: eqs. (12)–(16)."""
     D, E = config.hidden_size, config.n_routed_experts
     width = config.moe_intermediate_size
@@ -157,7 +157,11 @@ def cut(table: Mapping, prefix: str) -> dict:
 
 def check(params: Mapping[str, np.ndarray], config: Config) -> None:
     """Raise ParameterError unless names and shapes are exactly those of the config."""
-    expected = shapes(config)
+    check_shapes(params, shapes(config))
+
+
+def check_shapes(params: Mapping[str, np.ndarray], expected: Shapes) -> None:
+    """Raise ParameterError unless names and shapes are those of the table."""
     missing = [name for name in expected if name not in params]
     extra = [name for name in params if name not in expected]
     if missing or extra:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -317,15 +318,6 @@ def test_parameters_of_another_model_are_refused() -> None:
         model.forward(params, SMALL, ids())
 
 
-@pytest.mark.parametrize(
-    "off",
-    [{}, {"kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 0}],
-)
-def test_mechanisms_that_are_not_built_are_refused(off: dict) -> None:
-    with pytest.raises(NotImplementedError, match="plain attention and dense"):
-        model.forward({}, dataclasses.replace(TINY, **off), ids())
-
-
 # --- parameters ---------------------------------------------------------------------
 
 
@@ -495,10 +487,34 @@ def test_files_and_config_must_belong_together(tmp_path) -> None:
         checkpoints.load(tmp_path)
 
 
-def test_experts_are_not_written_yet(tmp_path) -> None:
-    with pytest.raises(NotImplementedError, match="without experts"):
-        checkpoints.save(tmp_path, parameters.initialise(TINY, 0, 0.1), TINY)
-    assert not list(tmp_path.iterdir())
+def test_each_expert_has_a_name_of_its_own_in_the_file(tmp_path) -> None:
+    """Stacked in memory, apart in the file, as released; there and back unchanged."""
+    params = parameters.initialise(TINY, 0, 0.1)
+    checkpoints.save(tmp_path, params, TINY)
+    tensors, _ = checkpoints.read_tensors(tmp_path / checkpoints.WEIGHTS)
+    stacked = params["model.layers.1.mlp.experts.up_proj.weight"]
+    for i in range(TINY.n_routed_experts):
+        one = tensors[f"model.layers.1.mlp.experts.{i}.up_proj.weight"]
+        np.testing.assert_array_equal(one, stacked[i])
+    assert not [name for name in tensors if ".experts.up_proj" in name]
+    loaded, config = checkpoints.load(tmp_path)
+    assert config == TINY and loaded.keys() == params.keys()
+    for name, array in params.items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+@pytest.mark.parametrize("break_it", ["leave out", "transpose"])
+def test_a_broken_expert_is_named(tmp_path, break_it: str) -> None:
+    checkpoints.save(tmp_path, parameters.initialise(TINY, 0, 0.1), TINY)
+    path = tmp_path / checkpoints.WEIGHTS
+    tensors, metadata = checkpoints.read_tensors(path)
+    name = "model.layers.2.mlp.experts.5.down_proj.weight"
+    one = tensors.pop(name)
+    if break_it == "transpose":
+        tensors[name] = one.T
+    checkpoints.write_tensors(path, tensors, metadata)
+    with pytest.raises(parameters.ParameterError, match=re.escape(name)):
+        checkpoints.load(tmp_path)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:

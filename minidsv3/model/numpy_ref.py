@@ -1,22 +1,26 @@
 r"""The model in NumPy: embedding, blocks, final norm, head, and all of it backwards.
 
-Chapter 1's plain transformer is what stands here: pre-norm blocks of attention and
-SwiGLU. With ``num_nextn_predict_layers`` it trains the modules of `minidsv3.mtp` too.
+The blocks are those of `minidsv3.model.block_numpy_ref`. With
+``num_nextn_predict_layers`` the modules of `minidsv3.mtp` are trained too, with
+``n_routed_experts`` the load of every expert is counted and balanced.
 Parameters are one flat dict under DeepSeek's names (`minidsv3.parameters`).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from minidsv3.config import Config, TrainConfig
+from minidsv3.model.block_numpy_ref import (
+    block_backward,
+    block_forward,
+    saved_experts,
+)
+from minidsv3.moe import numpy_ref as moe
 from minidsv3.mtp import numpy_ref as mtp
 from minidsv3.parameters import check, cut, first_not_finite, prefixed
-from minidsv3.primitives.attention_numpy_ref import (
-    Cache,
-    attention_backward,
-    attention_forward,
-)
+from minidsv3.primitives.attention_numpy_ref import Cache
 from minidsv3.primitives.numpy_ref import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -28,55 +32,10 @@ from minidsv3.primitives.numpy_ref import (
     rmsnorm_forward,
     rope_frequencies,
     rope_rotation,
-    swiglu_backward,
-    swiglu_forward,
 )
 
 Array = np.ndarray
 Params = dict[str, Array]
-
-
-def block_forward(
-    params: Params,
-    x: Array,
-    config: Config,
-    rotation: Array,
-    cache: Cache | None = None,
-) -> tuple[Array, tuple]:
-    r"""One block: :math:`x ← x + \mathrm{Attn}(\mathrm{norm}(x))`, then the same with
-    the feed-forward.
-
-    Both parts read a normalised copy and add to the stream x, which itself is never
-    normalised between blocks. Shapes: x (B, T, D) -> (B, T, D).
-    """
-    eps = config.rms_norm_eps
-    u, saved_norm_1 = rmsnorm_forward(x, params["input_layernorm.weight"], eps)
-    a, saved_attn = attention_forward(
-        cut(params, "self_attn."), u, config, rotation, cache
-    )
-    x = x + a
-    u, saved_norm_2 = rmsnorm_forward(x, params["post_attention_layernorm.weight"], eps)
-    f, saved_mlp = swiglu_forward(cut(params, "mlp."), u)
-    return x + f, (saved_norm_1, saved_attn, saved_norm_2, saved_mlp)
-
-
-def block_backward(dy: Array, saved: tuple) -> tuple[Array, Params]:
-    """Gradients of a block. At each addition the gradient goes both ways: unchanged
-    along the stream, and through the part that was added.
-    """
-    saved_norm_1, saved_attn, saved_norm_2, saved_mlp = saved
-    du, grads_mlp = swiglu_backward(dy, saved_mlp)
-    dx, dg_2 = rmsnorm_backward(du, saved_norm_2)
-    dx = dy + dx
-    du, grads_attn = attention_backward(dx, saved_attn)
-    dx_attn, dg_1 = rmsnorm_backward(du, saved_norm_1)
-    grads = {
-        "input_layernorm.weight": dg_1,
-        **prefixed("self_attn.", grads_attn),
-        "post_attention_layernorm.weight": dg_2,
-        **prefixed("mlp.", grads_mlp),
-    }
-    return dx + dx_attn, grads
 
 
 def trunk_forward(
@@ -107,13 +66,16 @@ def trunk_forward(
     return h, (saved_embed, saved_blocks, saved_norm)
 
 
-def trunk_backward(dh: Array, saved: tuple) -> Params:
-    """Gradients of everything below the head, under the parameters' names."""
+def trunk_backward(dh: Array, saved: tuple, dbalance: float = 0.0) -> Params:
+    """Gradients of everything below the head, under the parameters' names.
+
+    dbalance weighs the balance loss of each layer of experts.
+    """
     saved_embed, saved_blocks, saved_norm = saved
     grads: Params = {}
     dx, grads["model.norm.weight"] = rmsnorm_backward(dh, saved_norm)
     for layer in reversed(range(len(saved_blocks))):
-        dx, grads_block = block_backward(dx, saved_blocks[layer])
+        dx, grads_block = block_backward(dx, saved_blocks[layer], dbalance)
         grads |= prefixed(f"model.layers.{layer}.", grads_block)
     grads["model.embed_tokens.weight"] = embedding_backward(dx, saved_embed)
     return grads
@@ -130,7 +92,6 @@ def forward(
     ``max_position_embeddings``, FloatingPointError for logits that are not finite
     (naming the parameter that is not, if one is).
     """
-    check_supported(config)
     check(params, config)
     ids = _checked_ids(ids)
     h, saved_trunk = trunk_forward(params, config, ids, caches)
@@ -139,15 +100,21 @@ def forward(
     return logits, (saved_trunk, saved_head)
 
 
-def backward(dlogits: Array, saved: tuple, dh_further: Array | float = 0.0) -> Params:
+def backward(
+    dlogits: Array,
+    saved: tuple,
+    dh_further: Array | float = 0.0,
+    dbalance: float = 0.0,
+) -> Params:
     """Gradients of trunk and head, given that of the logits (B, T, vocab).
 
-    dh_further (B, T, D) is what others who read the hidden states send back to them.
+    dh_further (B, T, D) is what others who read the hidden states send back to them,
+    dbalance the weight of the balance losses.
     """
     saved_trunk, saved_head = saved
     dh, dW_head = linear_backward(dlogits, saved_head)
     dh = dh + dh_further
-    return {**trunk_backward(dh, saved_trunk), "lm_head.weight": dW_head}
+    return {**trunk_backward(dh, saved_trunk, dbalance), "lm_head.weight": dW_head}
 
 
 def hidden_states(saved: tuple) -> Array:
@@ -161,50 +128,81 @@ def loss_and_grads(
     """Losses (nats a token), gradients and statistics of one batch.
 
     ids (B, T+1): the first T columns are read, the last T are predicted. The losses are
-    "main" and "total", and of a model with D MTP modules "mtp_1" … "mtp_D" too:
-    total = main + λ/D · their sum (DeepSeek-V3 report, eq. 25), with λ =
-    train_config.mtp_weight; the training loop puts the λ of each step there. Returns
-    ``(losses, grads, stats)``. Raises ValueError if T is not at least D + 1.
+    those of `loss_names`: total = main + λ/D · the sum of mtp_1 … mtp_D (DeepSeek-V3
+    report, eq. 25) + α · balance, which is the sum of eq. 17 over the layers of
+    experts, MTP modules included. λ and α are train_config's ``mtp_weight`` (the
+    training loop puts the λ of each step there) and ``balance_weight``. The statistics
+    are "load", the tokens that each expert received, by the name of the layer's bias.
+    Returns ``(losses, grads, stats)``. Raises ValueError if T is not at least D + 1.
     """
     ids = _checked_ids(ids)
     if ids.shape[1] < 2:
         raise ValueError(f"ids of shape {ids.shape}: needs two columns at least")
-    D = config.num_nextn_predict_layers
+    D, alpha = config.num_nextn_predict_layers, train_config.balance_weight
     mtp.check_depths(ids, D)
     logits, saved = forward(params, config, ids[:, :-1])
     loss, saved_loss = cross_entropy_forward(logits, ids[:, 1:])
     dlogits = cross_entropy_backward(1.0, saved_loss)
-    if D == 0:
-        return {"main": loss, "total": loss}, backward(dlogits, saved), {}
-    further, saved_mtp = mtp_losses(params, config, ids, hidden_states(saved))
-    weight = train_config.mtp_weight / D
-    dh, grads_mtp = mtp_losses_backward(weight, saved_mtp, config)
-    grads = backward(dlogits, saved, dh)
+    blocks = list(saved[0][1])  # what each block of the trunk saved
+    values, dh, grads_mtp = [loss], 0.0, {}
+    total = loss
+    if D:
+        h = hidden_states(saved)
+        further, saved_mtp = mtp_losses(params, config, ids, h, alpha)
+        weight = train_config.mtp_weight / D
+        dh, grads_mtp = mtp_losses_backward(weight, saved_mtp, config)
+        values += further
+        total += weight * sum(further)
+        blocks += map(mtp.saved_block, saved_mtp[1])
+    layers = [s for s in map(saved_experts, blocks) if s is not None]
+    if config.uses_moe:
+        values.append(sum(map(moe.balance_loss, layers)))
+        total += alpha * values[-1]
+    grads = backward(dlogits, saved, dh, alpha)
     for name, grad in grads_mtp.items():  # embedding and head are shared: they add up
         grads[name] = grads[name] + grad if name in grads else grad
-    values = [loss, *further, loss + weight * sum(further)]
-    return dict(zip(loss_names(config), values, strict=True)), grads, {}
+    losses = dict(zip(loss_names(config), [*values, total], strict=True))
+    return losses, grads, expert_loads(config, layers)
 
 
 def loss_names(config: Config) -> list[str]:
     """The keys of the losses that `loss_and_grads` returns, in their order."""
-    return ["main", *(f"mtp_{k}" for k in _depths(config)), "total"]
+    balance = ["balance"] if config.uses_moe else []
+    return ["main", *(f"mtp_{k}" for k in _depths(config)), *balance, "total"]
+
+
+def expert_loads(config: Config, layers: Sequence[tuple]) -> dict:
+    """Statistics of what the layers of experts saved: nothing, or {"load": …}.
+
+    The load of a layer, (E,) tokens an expert, stands under the name of its bias, which
+    the training loop moves by it.
+    """
+    if not layers:
+        return {}
+    blocks = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    names = [
+        f"model.layers.{n}.mlp.{moe.BIAS}" for n in blocks if config.is_moe_layer(n)
+    ]
+    E = config.n_routed_experts
+    loads = [moe.load(moe.routing(saved).experts, E) for saved in layers]
+    return {"load": dict(zip(names, loads, strict=True))}
 
 
 # --- multi-token prediction ---------------------------------------------------------
 
 
 def mtp_losses(
-    params: Params, config: Config, ids: Array, h: Array
+    params: Params, config: Config, ids: Array, h: Array, dbalance: float = 0.0
 ) -> tuple[list[float], tuple]:
     """Losses L^1 … L^D of the MTP modules, from the trunk's h (B, T, D): eqs. 21-24.
 
     The embedding is looked up a second time, and the head reads each depth's states:
-    both are the trunk's own. Depth k averages over its T - k targets.
+    both are the trunk's own. Depth k averages over its T - k targets. dbalance is the
+    weight that the balance loss of a module's experts will have on the way back.
     """
     e, saved_embed = embedding_forward(ids[:, :-1], params["model.embed_tokens.weight"])
     modules = [_module(params, config, k) for k in _depths(config)]
-    block = _mtp_block(config, h.dtype)
+    block = _mtp_block(config, h.dtype, dbalance=dbalance)
     states, saved_chain = mtp.chain_forward(modules, h, e, block, config.rms_norm_eps)
     losses, saved_heads = [], []
     for k, h_k in enumerate(states, start=1):
@@ -278,7 +276,7 @@ def _module(params: Params, config: Config, k: int) -> Params:
 
 
 def _mtp_block(
-    config: Config, dtype: np.dtype, cache: Cache | None = None
+    config: Config, dtype: np.dtype, cache: Cache | None = None, dbalance: float = 0.0
 ) -> mtp.Block:
     """The block of a module, with positions counted from 0 at every depth.
 
@@ -291,7 +289,7 @@ def _mtp_block(
         rotation = rope_rotation(positions, rope_frequencies(config), dtype)
         return block_forward(params, x, config, rotation, cache)
 
-    return mtp.Block(forward, block_backward)
+    return mtp.Block(forward, partial(block_backward, dbalance=dbalance))
 
 
 # --- the border ---------------------------------------------------------------------
@@ -307,21 +305,6 @@ def new_mtp_cache(config: Config, capacity: int) -> Cache:
     """An empty cache for `mtp_step`. Raises ValueError for a model without modules."""
     _check_has_module(config)
     return Cache(capacity)
-
-
-def check_supported(config: Config) -> None:
-    """Raise NotImplementedError for a config with mechanisms not built here yet."""
-    asked = {
-        "kv_lora_rank": config.kv_lora_rank,
-        "n_routed_experts": config.n_routed_experts,
-    }
-    for field, value in asked.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{field}={value}: the NumPy model has plain attention and dense "
-                "feed-forwards only so far; use a config with kv_lora_rank=None and "
-                "n_routed_experts=None, such as minidsv3.config.PLAIN"
-            )
 
 
 def _checked_ids(ids: Array) -> Array:

@@ -90,6 +90,11 @@ def mtp_backward(dh_k: Array, saved: tuple) -> tuple[Array, Array, Params]:
     return dh, de, grads
 
 
+def saved_block(saved: tuple) -> tuple:
+    """What the block saved, inside what `mtp_forward` saved."""
+    return saved[3]
+
+
 # --- the chain ----------------------------------------------------------------------
 
 

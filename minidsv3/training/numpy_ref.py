@@ -14,6 +14,7 @@ import numpy as np
 from minidsv3.config import Config, TrainConfig
 from minidsv3.corpus import BOUNDARY, batch
 from minidsv3.model.numpy_ref import forward, loss_and_grads
+from minidsv3.moe.numpy_ref import update_bias
 from minidsv3.mtp.numpy_ref import mtp_weight
 from minidsv3.parameters import first_not_finite
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
@@ -106,6 +107,16 @@ def adamw_step(state: TrainState, grads: Params, train_config: TrainConfig) -> f
     return rate
 
 
+def balance(state: TrainState, stats: dict, train_config: TrainConfig) -> None:
+    """Move every router's bias, in place, by the load of the batch just trained on.
+
+    Not a gradient step: the optimiser never sees the biases (report, section 2.1.2).
+    """
+    for name, counts in stats.get("load", {}).items():
+        bias = state.params[name]
+        bias[:] = update_bias(bias, counts, train_config.bias_update_speed)
+
+
 def train(
     state: TrainState, config: Config, train_config: TrainConfig, tokens: Array
 ) -> Iterator[StepRecord]:
@@ -129,6 +140,7 @@ def train(
                 "again with a lower learning rate"
             )
         rate = adamw_step(state, grads, c)
+        balance(state, stats, c)
         seconds = time.perf_counter() - began
         yield StepRecord(state.step, losses, rate, grad_norm, seconds, stats)
 
