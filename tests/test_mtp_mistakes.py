@@ -85,7 +85,7 @@ TRAINING = {
         model, [("train_config.mtp_weight / D", "train_config.mtp_weight")],
         losses_and_gradients),
     "trunk detached": (
-        model, [("backward(dlogits, saved, dh, alpha)", "backward(dlogits, saved, 0, alpha)")],
+        model, [("(dlogits, saved, dh, alpha)", "(dlogits, saved, 0, alpha)")],
         losses_and_gradients),
     "chain detached": (
         mtp, [("mtp_backward(dstates[k - 1] + dh,", "mtp_backward(dstates[k - 1],")],

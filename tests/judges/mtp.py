@@ -1,25 +1,19 @@
-"""The references of chapter 2's exercises, held against independent judges.
+"""Chapter 2: judges of the MTP exercises.
 
-As `test_references` does for chapter 1: torch forwards and backwards, the rooms of the
-library, naive loops, and for drafts the law that comes out of every way it can go. Each
-judge must refuse every wrong answer that the checks list.
+For drafts, the law that comes out of every way they can go.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
-from grader import spec
-from grader.cell import reference_function
-from grader.source import exercises, find
 
 from minidsv3.mtp import numpy_ref as library
 
-from .oracles import AUTOGRAD, DIFFERENCES
-from .test_references import FORWARD, SEEDS, Rng, agree, differences, leaf, sizes
+from ..judging import FORWARD, Rng, agree, differences, leaf, sizes
+from ..oracles import AUTOGRAD, DIFFERENCES
 
 
 def shifted(f: Callable, rng: Rng) -> None:
@@ -328,28 +322,3 @@ JUDGES = {
     "mtp.6": speed_up,
     "mtp.7": write,
 }
-WRONG = [(id_, wrong) for id_ in JUDGES for wrong in spec.find(id_).wrong]
-
-
-def test_every_reference_of_the_chapter_has_a_judge():
-    own = [id_ for id_ in exercises() if find(id_).notebook == "02_mtp"]
-    assert own == list(JUDGES)
-
-
-def hold(id_: str, function: Callable, seed: int) -> None:
-    JUDGES[id_](function, np.random.default_rng([seed, *id_.encode()]))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("id_", JUDGES)
-def test_reference(id_, seed):
-    hold(id_, reference_function(find(id_)), seed)
-
-
-@pytest.mark.parametrize(("id_", "wrong"), WRONG, ids=lambda x: getattr(x, "name", x))
-def test_the_judge_refuses(id_, wrong):
-    exercise = find(id_)
-    function = reference_function(exercise, wrong.patched(exercise.reference))
-    refused = (AssertionError, ValueError)
-    with np.errstate(all="ignore"), pytest.raises(refused):
-        any(hold(id_, function, seed) for seed in SEEDS)

@@ -1,0 +1,1 @@
+"""One judge an exercise, by chapter; `test_references` asks them all."""
