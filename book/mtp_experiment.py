@@ -12,18 +12,15 @@ recomputes one.
 """
 
 import argparse
-import csv
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+from rows import Row, provenance, write
+from rows import read as read
 from tqdm import tqdm
 
 from minidsv3 import corpus, parameters
@@ -33,7 +30,6 @@ from minidsv3.model import numpy_ref as model
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
 from minidsv3.training import numpy_ref as training
 
-RESULTS = Path(__file__).parent / "results"
 SMALL = replace(PLAIN, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, intermediate_size=192)  # fmt: skip
 RECIPE = TrainConfig(steps=1000, batch_size=8, sequence_length=64, warmup_steps=50,
@@ -47,7 +43,6 @@ HELD_OUT = 200_000  # tokens of the held-out text that losses are taken on
 EMBEDDING = "model.embed_tokens.weight"
 
 Params = dict[str, np.ndarray]
-Row = dict[str, object]
 
 
 def small(depths: int, layers: int = SMALL.num_hidden_layers) -> Config:
@@ -226,25 +221,6 @@ def pass_costs(layers: int, tries: int = 30) -> tuple[float, float, float]:
     return tuple(float(t) for t in 1000 * np.min(times, axis=0))
 
 
-def provenance(seeds: list[int]) -> list[str]:
-    """Where the rows come from, as the first lines of their files."""
-    words = ["python", "book/mtp_experiment.py", "--seeds", *map(str, seeds)]
-    text = corpus.load_corpus()
-    return [
-        f"# {shlex.join(words)}",
-        f"# {date.today()}, Python {platform.python_version()}, NumPy "
-        f"{np.__version__}, {platform.machine()}, one thread",
-        f"# {text.name}, sha256 {text.sha256[:12]}",
-    ]
-
-
-def read(table: str) -> list[dict[str, float | str]]:
-    """The committed rows of a table, numbers as numbers."""
-    lines = (RESULTS / f"{table}.csv").read_text(encoding="utf-8").splitlines()
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    return [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in rows]
-
-
 def main() -> int:
     """Run every seed and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -259,20 +235,8 @@ def main() -> int:
         tables["mtp_agreement"] += agreed
         tables["mtp_drafts"] += draft_rows(seed, show=show)
     for table, rows in tables.items():
-        write(table, rows, seeds)
+        write(table, rows, provenance("mtp_experiment.py", seeds))
     return 0
-
-
-def write(table: str, rows: list[Row], seeds: list[int]) -> None:
-    """A table under ``book/results/``, with the lines that say where it is from."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{table}.csv", "w", encoding="utf-8", newline="") as file:
-        file.writelines(line + "\n" for line in provenance(seeds))
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            short = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
-            writer.writerow(row | short)
 
 
 if __name__ == "__main__":

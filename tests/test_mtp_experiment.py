@@ -10,13 +10,14 @@ BOOK = Path(__file__).parents[1] / "book"
 sys.path.insert(0, str(BOOK))
 
 import mtp_experiment as experiment  # noqa: E402
+import rows  # noqa: E402
 
 TABLES = ("mtp_training", "mtp_agreement", "mtp_drafts")
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_rows_say_where_they_come_from(table: str) -> None:
-    head = (experiment.RESULTS / f"{table}.csv").read_text().splitlines()[:3]
+    head = (rows.RESULTS / f"{table}.csv").read_text().splitlines()[:3]
     assert head[0].startswith("# python book/mtp_experiment.py --seeds ")
     assert "Python 3" in head[1] and "NumPy" in head[1]
     assert "sha256" in head[2]

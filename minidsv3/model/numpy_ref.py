@@ -122,6 +122,12 @@ def hidden_states(saved: tuple) -> Array:
     return saved[1][0]
 
 
+def routings(saved: tuple) -> list[moe.Routing]:
+    """Where each layer of experts sent its tokens, inside what `forward` saved."""
+    layers = map(saved_experts, saved[0][1])
+    return [moe.routing(layer) for layer in layers if layer is not None]
+
+
 def loss_and_grads(
     params: Params, config: Config, ids: Array, train_config: TrainConfig
 ) -> tuple[dict[str, float], Params, dict]:
