@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minidsv3 import corpus, parameters
 from minidsv3.config import PLAIN, Config, TrainConfig, Yarn
+from minidsv3.mla import numpy_ref as mla
 from minidsv3.model import numpy_ref as model
 from minidsv3.training import numpy_ref as training
 
@@ -109,6 +110,65 @@ def bits_by_position(params: Params, config: Config, length: int) -> np.ndarray:
         right = np.take_along_axis(z, ids[:, 1:, None], axis=-1)[..., 0]  # (B, T)
         total += (np.log(np.exp(z).sum(axis=-1)) - right).sum(axis=0)
     return total / rows / np.log(2)
+
+
+def keys_and_values(params: Params, config: Config, ids: np.ndarray) -> list:
+    """What plain attention would keep, before the rotation: (B*T, 2*N_kv*d) a layer."""
+    _, saved = model.forward(params, config, ids)
+    kept_by_layer = []
+    for layer in range(config.num_hidden_layers):
+        _, (_, attention), *_ = saved[0][1][layer]
+        (u, W_k), (_, W_v) = attention[1:3]  # what the two projections saved
+        kv = np.concatenate([u @ W_k.T, u @ W_v.T], axis=-1)  # (B, T, 2*N_kv*d)
+        kept_by_layer.append(kv.reshape(-1, kv.shape[-1]))
+    return kept_by_layer
+
+
+def multiplications(config: Config, S: int, N: int) -> dict[str, int]:
+    """Of one layer with S new tokens and N in all, beyond the projections that every
+    form has: keys and values expanded and kept, expanded anew each time, absorbed.
+    """
+    c = config
+    d_h, d_R, d_v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    d_c, N_h = c.kv_lora_rank, c.num_attention_heads
+    up = N_h * (d_h + d_v) * d_c  # W_UK and W_UV, once
+    pairs = S * N * N_h
+    return {
+        "expanded": S * up + pairs * (d_h + d_R + d_v),
+        "naive": N * up + pairs * (d_h + d_R + d_v),
+        "absorbed": S * up + pairs * (d_c + d_R + d_c),
+    }
+
+
+def crossover(config: Config, N: int) -> float:
+    """New tokens at which naive and absorbed cost as many multiplications."""
+    one, many = (multiplications(config, S, N) for S in (0, 1))
+    slope = {form: many[form] - one[form] for form in one}
+    return one["naive"] / (slope["absorbed"] - slope["naive"])
+
+
+def milliseconds(config: Config, S: int, N: int, tries: int = 5) -> tuple[float, float]:
+    """Of the naive and of the absorbed form, S queries on N latents: best of tries."""
+    rng = np.random.default_rng(0)
+    c = config
+
+    def array(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    heads = c.num_attention_heads
+    W_UKV = array(heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+    q_C = array(1, S, heads, c.qk_nope_head_dim)
+    q_R = array(1, S, heads, c.qk_rope_head_dim)
+    latents = array(1, N, c.kv_lora_rank + c.qk_rope_head_dim)
+    best = []
+    for form in (mla.naive_forward, mla.absorbed_forward):
+        times = []
+        for _ in range(tries):
+            began = time.perf_counter()
+            form(W_UKV, q_C, q_R, latents, config)
+            times.append(time.perf_counter() - began)
+        best.append(1000 * min(times))
+    return best[0], best[1]
 
 
 def quality_row(arm: str, seed: int, show: Callable = iter) -> tuple[Row, Params]:

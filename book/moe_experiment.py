@@ -19,6 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from kinds import KINDS, kinds
 from rows import Row, provenance, write
 from rows import read as read
 from tqdm import tqdm
@@ -89,6 +90,23 @@ def look(params: Params, config: Config) -> tuple[float, np.ndarray]:
         for layer, routing in enumerate(model.routings(saved)):
             loads[layer] += moe.load(routing.experts, config.n_routed_experts)
     return float(nats / len(text) / np.log(2)), loads
+
+
+def experts_by_kind(params: Params, config: Config) -> np.ndarray:
+    """How often each expert got a token of each kind: (layers, E, kinds), counts.
+
+    Held-out text; the kind is that of the byte that the position reads.
+    """
+    text = windows()
+    kind = kinds(text.ravel()).reshape(text.shape)[:, :-1]
+    counts = np.zeros((config.num_hidden_layers, config.n_routed_experts, len(KINDS)))
+    for ids, what in zip(np.split(text, 16), np.split(kind, 16), strict=True):
+        _, saved = model.forward(params, config, ids[:, :-1])
+        pairs = np.repeat(what.reshape(-1, 1), config.num_experts_per_tok, axis=1)
+        for layer, routing in enumerate(model.routings(saved)):
+            known = pairs >= 0
+            np.add.at(counts[layer], (routing.experts[known], pairs[known]), 1)
+    return counts
 
 
 def balance(loads: np.ndarray) -> dict[str, float]:
