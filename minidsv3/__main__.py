@@ -123,10 +123,11 @@ def _training_loop(
 
 
 def _in_bits(losses: dict[str, float]) -> str:
-    """The main loss, and behind it those of the MTP modules."""
-    further = (n for n in losses if n not in ("main", "total"))
+    """The main loss, and behind it those of the MTP modules; balance is no bits."""
     said = [f"{losses['main'] / math.log(2):.3f} bits per byte"]
-    said += [f"{name} {losses[name] / math.log(2):.3f}" for name in further]
+    modules = (name for name in losses if name.startswith("mtp_"))
+    said += [f"{name} {losses[name] / math.log(2):.3f}" for name in modules]
+    said += [f"balance {losses[name]:.2f}" for name in losses if name == "balance"]
     return ", ".join(said)
 
 

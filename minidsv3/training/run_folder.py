@@ -4,7 +4,8 @@
 
     config.json  model.safetensors     the model, as `minidsv3.checkpoints` writes it
     training_state.safetensors         weights, both Adam moments, the step: to resume
-    log.csv                            one row a step, with a column for each loss
+    log.csv                            one row a step, with a column for each loss,
+                                       and MaxVio of the batch if there are experts
 """
 
 import csv
@@ -18,6 +19,7 @@ from minidsv3.checkpoints import CheckpointError, read_tensors, write_tensors
 from minidsv3.config import Config, TrainConfig
 from minidsv3.files import replacing
 from minidsv3.model.numpy_ref import loss_names
+from minidsv3.moe.numpy_ref import max_violation
 from minidsv3.parameters import ParameterError, cut, first_not_finite, prefixed
 from minidsv3.training.numpy_ref import StepRecord, TrainState
 
@@ -103,6 +105,7 @@ def append_log(folder: Path, record: StepRecord) -> None:
                 record.grad_norm,
                 f"{record.seconds:.4f}",
                 *(record.losses[name] for name in _parts(record.losses)),
+                *_fullest(record.stats),
             ]
         )
 
@@ -113,8 +116,17 @@ def _parts(losses: Iterable[str]) -> list[str]:
     return names if len(names) > 1 else []
 
 
+def _fullest(stats: dict) -> list[float]:
+    """MaxVio of the batch, the mean over layers of experts; nothing without any."""
+    loads = stats.get("load", {}).values()
+    return [sum(map(max_violation, loads)) / len(loads)] if loads else []
+
+
 def _columns(losses: Iterable[str]) -> list[str]:
-    return COLUMNS + [f"{name}_nats" for name in _parts(losses)]
+    """The header: the balance loss is a pure number, and MaxVio comes with it."""
+    names = _parts(losses)
+    parts = [name if name == "balance" else f"{name}_nats" for name in names]
+    return COLUMNS + parts + (["max_vio"] if "balance" in names else [])
 
 
 def _identity(config: Config, tc: TrainConfig, corpus: str) -> dict[str, str]:
