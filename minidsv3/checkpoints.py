@@ -4,9 +4,11 @@ The file is where NumPy, PyTorch and Hugging Face transformers meet. Weights hav
 same names in memory and in the file, with two differences. The experts of a layer are
 one stacked array in memory, (E, out, in), and one array an expert in the file. And the
 file has, in each MTP module, copies of embedding and head, which are written on saving
-and compared on loading.
+and compared on loading. A large model may lie in several files beside an index, as
+released; we write one.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +24,8 @@ from minidsv3.files import replacing
 from minidsv3.parameters import ParameterError, check, first_not_finite, shapes
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BIAS = "e_score_correction_bias"
 EXPERTS = "mlp.experts."
 
 
@@ -40,14 +44,26 @@ class CheckpointNotice(UserWarning):
     """Something about a file that its user should know, though it can be read."""
 
 
-def save(folder: str | Path, params: Mapping[str, np.ndarray], config: Config) -> None:
+def save(
+    folder: str | Path,
+    params: Mapping[str, np.ndarray],
+    config: Config,
+    dtype: str | None = None,
+) -> None:
     """Write the model to ``folder``, which is made if it is not there.
 
-    Each file is written beside its place and renamed, so an interruption leaves the old
-    one whole. Raises ParameterError if the parameters do not fit the config or hold
-    NaN or infinity: nothing is written then.
+    dtype is that of the file, "float32" or "bfloat16"; None keeps what each array has.
+    The biases of the routers are never rounded: they move in steps of 0.001, and are
+    float32 in the released files too. Each file is written beside its place and
+    renamed, so an interruption leaves the old one whole. Raises ParameterError if the
+    parameters do not fit the config or hold NaN or infinity (after rounding, too):
+    nothing is written then.
     """
     check(params, config)
+    if dtype is not None:
+        params = {
+            k: a if k.endswith(BIAS) else a.astype(dtype) for k, a in params.items()
+        }
     culprit = first_not_finite(params)
     if culprit:
         raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
@@ -69,18 +85,43 @@ def load(
     tensors that do not fit the config.
     """
     folder = Path(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{folder} holds no {WEIGHTS}; give the folder that training wrote"
-        )
+    files = _files(folder)
     config = Config.from_json(folder)
-    tensors, _ = read_tensors(folder / WEIGHTS)
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= read_tensors(file)[0]
     config = _without_absent_modules(tensors, config, folder)
     _drop_copies(tensors, config, folder)
     tensors = _stacked(tensors, config)
     params = {name: a.astype(dtype, copy=False) for name, a in tensors.items()}
     check(params, config)
     return params, config
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that hold the weights: one, or those that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS}; give the folder that training wrote"
+        )
+    try:
+        words = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(words["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX} is no index of weights ({error!r}); it needs a "
+            "weight_map from names of weights to names of files"
+        ) from error
+    files = [folder / Path(name).name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}, one of {len(missing)} of the {len(files)} "
+            "files that its index names; complete the download"
+        )
+    return files
 
 
 def _unstacked(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
