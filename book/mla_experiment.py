@@ -4,7 +4,8 @@
 
 ``mla_quality.csv``: one small model with five kinds of attention, all with as many
 parameters: what attention saves goes to the feed-forward. MQA and the smaller latent
-keep as many numbers of each token, and so do GQA and the larger latent.
+keep as many numbers of each token, and so do GQA and the larger latent. GQA and MQA
+are there a second time without that gift, "narrow".
 ``mla_yarn.csv``: the model with the larger latent reads eight times as far as it was
 trained, as it is, with YaRN's frequencies, and with its temperature too; before and
 after a little training at that length. The chapter plots the rows and runs one seed
@@ -57,6 +58,8 @@ ARMS = {
     "MLA": filled(MLA),
     "MQA": filled(replace(MHA, num_key_value_heads=1)),
     "MLA small": filled(replace(MLA, kv_lora_rank=24)),
+    "GQA narrow": replace(MHA, num_key_value_heads=2),
+    "MQA narrow": replace(MHA, num_key_value_heads=1),
 }
 YARN = Yarn(factor=FAR, original_max_position_embeddings=RECIPE.sequence_length,
             beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)  # fmt: skip

@@ -43,15 +43,17 @@ def test_every_arm_has_the_same_seeds_and_at_least_three() -> None:
 
 
 def test_all_kinds_have_as_many_parameters() -> None:
-    """To a tenth of a percent, and the cache is that of the table."""
+    """To a fifth of a percent, but for the narrow ones; the cache is the table's."""
     of_mha = parameters.count(experiment.MHA)
     for row in experiment.read("mla_quality"):
         config = experiment.ARMS[row["arm"]]
         assert row["parameters"] == parameters.count(config)
-        assert abs(row["parameters"] / of_mha - 1) < 2e-3
+        narrow = row["arm"].endswith("narrow")
+        assert narrow == (abs(row["parameters"] / of_mha - 1) > 2e-3)
         assert row["kept"] == experiment.kept(config)
     kept = {arm: experiment.kept(config) for arm, config in experiment.ARMS.items()}
-    assert kept == {"MHA": 256, "GQA": 64, "MLA": 64, "MQA": 32, "MLA small": 32}
+    assert kept == {"MHA": 256, "GQA": 64, "MLA": 64, "MQA": 32, "MLA small": 32,
+                    "GQA narrow": 64, "MQA narrow": 32}  # fmt: skip
 
 
 @pytest.mark.slow
