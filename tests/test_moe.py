@@ -166,7 +166,7 @@ def test_float32_stays_float32() -> None:
     assert {a.dtype for a in (y, du, *grads.values())} == {np.dtype(np.float32)}
 
 
-# --- routing against a loop in plain Python -------------------------------------------
+# --- routing against a loop in plain Python -----------------------------------------
 
 
 def naive_choice(choice: list[float], config: Config) -> list[int]:
@@ -517,7 +517,7 @@ def test_grouped_linear(sizes: list) -> None:
     check_pair(forward, moe.grouped_linear_backward, [x, W], oracle)
 
 
-# --- the rule of the biases -----------------------------------------------------------
+# --- the rule of the biases ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -586,7 +586,7 @@ def test_a_uniform_router_has_a_floor(tokens: int, floor: float) -> None:
     assert np.mean(violations) == pytest.approx(floor, rel=0.15)
 
 
-# --- the balance loss -----------------------------------------------------------------
+# --- the balance loss ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
