@@ -127,7 +127,7 @@ LAYER = {
         test_moe.test_pairs_are_sorted_by_expert),
 }  # fmt: skip
 
-SEQUENCES = "routing.affinities.reshape(B, T, -1), routing.experts.shape[1]"
+SEQUENCES = "return affinities, routing.experts.shape[1]"
 GRADIENTS = {
     "mean not subtracted": (
         moe, [("(dgates - mean)", "dgates")], gradients),

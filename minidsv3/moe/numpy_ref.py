@@ -274,7 +274,8 @@ def moe_backward(
     ds = 0.0
     if dbalance:
         _, saved_balance = balance_forward(*_sequences(saved))
-        ds = balance_backward(dbalance, saved_balance).reshape(routing.affinities.shape)
+        ds = balance_backward(dbalance, saved_balance)  # (B, T, E)
+        ds = ds.reshape(routing.affinities.shape)  # (N, E)
     du_router, dW_router = route_backward(dgates, saved_route, ds)
     du = (du + du_router).reshape(shape)  # (B, T, D)
     grads = {"gate.weight": dW_router, **grads}
@@ -298,7 +299,8 @@ def balance_loss(saved: tuple) -> float:
 def _sequences(saved: tuple) -> tuple[Array, int]:
     """Affinities by sequence (B, T, E), and K."""
     (B, T, _), routing = saved[:2]
-    return routing.affinities.reshape(B, T, -1), routing.experts.shape[1]
+    affinities = routing.affinities.reshape(B, T, -1)  # (B, T, E)
+    return affinities, routing.experts.shape[1]
 
 
 # --- balance: the bias rule and the loss ---------------------------------------------
@@ -330,8 +332,10 @@ def balance_forward(affinities: Array, K: int) -> tuple[float, tuple]:
     Shapes: affinities (B, T, E).
     """
     B, T, E = affinities.shape
-    best = top(affinities, K).reshape(B, -1) + E * np.arange(B)[:, None]  # (B, T*K)
-    counts = np.bincount(best.ravel(), minlength=B * E).reshape(B, 1, E)
+    best = top(affinities, K).reshape(B, -1)  # (B, T*K)
+    best += E * np.arange(B)[:, None]  # each sequence counts in a range of its own
+    counts = np.bincount(best.ravel(), minlength=B * E)  # (B*E)
+    counts = counts.reshape(B, 1, E)  # (B, 1, E)
     f = (counts * (E / (K * T))).astype(affinities.dtype)  # (B, 1, E)
     total = affinities.sum(axis=-1, keepdims=True) + 1e-20  # (B, T, 1)
     shares = affinities / total  # (B, T, E)
