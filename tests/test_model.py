@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -78,7 +79,14 @@ def rotary(config: Config) -> tuple[torch.Tensor, float]:
     return torch.tensor(theta, dtype=torch.float64), m * m * d**-0.5
 
 
-def torch_block(w: dict, config: Config, x: torch.Tensor) -> torch.Tensor:
+def torch_swiglu(w: dict, config: Config, u: torch.Tensor) -> torch.Tensor:
+    gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
+    return (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+
+
+def torch_block(
+    w: dict, config: Config, x: torch.Tensor, feed: Callable = torch_swiglu
+) -> torch.Tensor:
     """One block in torch's own operations; RoPE as a matrix per pair."""
     B, T, _ = x.shape
     eps = config.rms_norm_eps
@@ -105,35 +113,28 @@ def torch_block(w: dict, config: Config, x: torch.Tensor) -> torch.Tensor:
     )
     x = x + o.transpose(1, 2).flatten(2) @ w["self_attn.o_proj.weight"].T
     u = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], eps)
-    gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
-    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+    return x + feed(w, config, u)
 
 
-def torch_trunk(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
+def under(p: dict, layer: int) -> dict:
+    """The parameters of a block, by their names inside it."""
+    prefix = f"model.layers.{layer}."
+    return {k.removeprefix(prefix): a for k, a in p.items() if k.startswith(prefix)}
+
+
+def torch_trunk(
+    p: dict, config: Config, tokens: torch.Tensor, block: Callable = torch_block
+) -> torch.Tensor:
     """Hidden states after the final norm."""
     x = F.embedding(tokens, p["model.embed_tokens.weight"])
     for layer in range(config.num_hidden_layers):
-        w = {k: p[f"model.layers.{layer}.{k}"] for k in LAYER_KEYS}
-        x = torch_block(w, config, x)
+        x = block(under(p, layer), config, x)
     return F.rms_norm(x, x.shape[-1:], p["model.norm.weight"], config.rms_norm_eps)
 
 
 def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:
     """The plain transformer in torch's own operations."""
     return torch_trunk(p, config, tokens) @ p["lm_head.weight"].T
-
-
-LAYER_KEYS = [
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-]
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 6), (3, 4)])

@@ -5,6 +5,7 @@ differences, a naive loop over positions, and Hugging Face transformers' own MTP
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,19 +25,27 @@ from tests.oracles import (
     relative_error,
 )
 from tests.test_model import (
-    LAYER_KEYS,
     SMALL,
     fresh,
     ids,
     torch_block,
     torch_trunk,
+    under,
 )
 
 MTP = {D: dataclasses.replace(SMALL, num_nextn_predict_layers=D) for D in (0, 1, 2, 3)}
 RECIPE = TrainConfig(mtp_weight=0.7)  # no weight that hides: 1 would forgive λ² for λ
 MODULE_KEYS = [
     *("enorm.weight", "hnorm.weight", "eh_proj.weight"),
-    *LAYER_KEYS,
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
     "shared_head.norm.weight",
 ]
 
@@ -48,33 +57,40 @@ def norm(x: torch.Tensor, gain: torch.Tensor, config: Config = SMALL) -> torch.T
     return F.rms_norm(x, x.shape[-1:], gain, config.rms_norm_eps)
 
 
-def torch_module(w: dict, config: Config, h: torch.Tensor, e: torch.Tensor):
+def torch_module(
+    w: dict,
+    config: Config,
+    h: torch.Tensor,
+    e: torch.Tensor,
+    block: Callable = torch_block,
+) -> torch.Tensor:
     """Facts C.1, in the order of the released weights: two halves of eh_proj."""
     D = config.hidden_size
     of_e, of_h = w["eh_proj.weight"][:, :D], w["eh_proj.weight"][:, D:]
     x = norm(e, w["enorm.weight"]) @ of_e.T + norm(h, w["hnorm.weight"]) @ of_h.T
-    return norm(torch_block(w, config, x), w["shared_head.norm.weight"])
+    return norm(block(w, config, x), w["shared_head.norm.weight"])
 
 
-def torch_losses(p: dict, config: Config, tokens: np.ndarray) -> list[torch.Tensor]:
+def torch_losses(
+    p: dict, config: Config, tokens: np.ndarray, block: Callable = torch_block
+) -> list[torch.Tensor]:
     """Main and further losses, by a double loop over sequences and positions.
 
     Positions are counted from 1, as the report counts them.
     """
     B, T = tokens.shape[0], tokens.shape[1] - 1
     losses = []
-    h = torch_trunk(p, config, torch.tensor(tokens[:, :-1]))
+    h = torch_trunk(p, config, torch.tensor(tokens[:, :-1]), block)
     for k in range(config.num_nextn_predict_layers + 1):
         if k > 0:
-            prefix = f"model.layers.{config.num_hidden_layers + k - 1}."
-            w = {key: p[prefix + key] for key in MODULE_KEYS}
+            w = under(p, config.num_hidden_layers + k - 1)
             rows = [
                 [p["model.embed_tokens.weight"][tokens[b, i + k - 1]]
                  for i in range(1, T - k + 1)]
                 for b in range(B)
             ]  # fmt: skip
             e = torch.stack([torch.stack(row) for row in rows])
-            h = torch_module(w, config, h[:, : T - k], e)
+            h = torch_module(w, config, h[:, : T - k], e, block)
         total = torch.zeros((), dtype=torch.float64)
         for b in range(B):
             for i in range(1, T - k + 1):

@@ -7,7 +7,6 @@ right code is what the other tests say.
 
 import inspect
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -15,27 +14,8 @@ from minidsv3.generation import numpy_ref as generation
 from minidsv3.model import numpy_ref as model
 from minidsv3.mtp import numpy_ref as mtp
 from tests import test_mtp, test_speculation
+from tests.planting import plant
 from tests.test_speculation import trained  # noqa: F401, a fixture
-
-
-def plant(patch: pytest.MonkeyPatch, module: ModuleType, *lines: tuple[str, str]):
-    """Change lines of a module, and everyone who has imported its functions."""
-    source = inspect.getsource(module)
-    for old, new in lines:
-        assert source.count(old) == 1, f"{old!r} stands there {source.count(old)} times"
-        source = source.replace(old, new)
-    wrong = dict(vars(module))
-    exec(compile(source, module.__file__, "exec"), wrong)
-    right = {
-        id(value): name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
-    }
-    ours = [m for n, m in sys.modules.items() if n.startswith(("minidsv3", "tests"))]
-    for other in ours:
-        for name, value in list(vars(other).items()):
-            if id(value) in right:
-                patch.setattr(other, name, wrong[right[id(value)]])
 
 
 def losses_and_gradients() -> None:

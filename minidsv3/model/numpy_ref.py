@@ -6,7 +6,8 @@ The blocks are those of `minidsv3.model.block_numpy_ref`. With
 Parameters are one flat dict under DeepSeek's names (`minidsv3.parameters`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -94,9 +95,10 @@ def forward(
     """
     check(params, config)
     ids = _checked_ids(ids)
-    h, saved_trunk = trunk_forward(params, config, ids, caches)
-    logits, saved_head = linear_forward(h, params["lm_head.weight"])
-    _check_finite(logits, params)
+    with _naming_the_culprit(params):
+        h, saved_trunk = trunk_forward(params, config, ids, caches)
+        logits, saved_head = linear_forward(h, params["lm_head.weight"])
+        _check_finite(logits)
     return logits, (saved_trunk, saved_head)
 
 
@@ -209,14 +211,17 @@ def mtp_losses(
     e, saved_embed = embedding_forward(ids[:, :-1], params["model.embed_tokens.weight"])
     modules = [_module(params, config, k) for k in _depths(config)]
     block = _mtp_block(config, h.dtype, dbalance=dbalance)
-    states, saved_chain = mtp.chain_forward(modules, h, e, block, config.rms_norm_eps)
     losses, saved_heads = [], []
-    for k, h_k in enumerate(states, start=1):
-        logits, saved_head = linear_forward(h_k, params["lm_head.weight"])
-        _check_finite(logits, params)
-        loss, saved_loss = cross_entropy_forward(logits, mtp.targets(ids, k))
-        losses.append(loss)
-        saved_heads.append((saved_head, saved_loss))
+    with _naming_the_culprit(params):
+        states, saved_chain = mtp.chain_forward(
+            modules, h, e, block, config.rms_norm_eps
+        )
+        for k, h_k in enumerate(states, start=1):
+            logits, saved_head = linear_forward(h_k, params["lm_head.weight"])
+            _check_finite(logits)
+            loss, saved_loss = cross_entropy_forward(logits, mtp.targets(ids, k))
+            losses.append(loss)
+            saved_heads.append((saved_head, saved_loss))
     return losses, (saved_embed, saved_chain, saved_heads)
 
 
@@ -262,9 +267,10 @@ def mtp_step(
     e, _ = embedding_forward(ids, params["model.embed_tokens.weight"])
     block = _mtp_block(config, h.dtype, cache)
     module = _module(params, config, 1)
-    h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
-    logits, _ = linear_forward(h_1, params["lm_head.weight"])
-    _check_finite(logits, params)
+    with _naming_the_culprit(params):
+        h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
+        logits, _ = linear_forward(h_1, params["lm_head.weight"])
+        _check_finite(logits)
     return logits
 
 
@@ -339,13 +345,21 @@ def _check_has_module(config: Config) -> None:
         )
 
 
-def _check_finite(logits: Array, params: Params) -> None:
-    if np.isfinite(logits).all():
-        return
-    culprit = first_not_finite(params)
-    raise FloatingPointError(
-        f"the logits are not finite: {culprit} holds NaN or infinity"
-        if culprit
-        else "the logits are not finite though every parameter is: activations "
-        "overflowed; a lower learning rate or float64 helps"
-    )
+def _check_finite(logits: Array) -> None:
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the logits are not finite")
+
+
+@contextmanager
+def _naming_the_culprit(params: Params) -> Iterator[None]:
+    """Say whose NaN it was: a router, or the head, only sees that one has arrived."""
+    try:
+        yield
+    except FloatingPointError as error:
+        culprit = first_not_finite(params)
+        raise FloatingPointError(
+            f"{error}: {culprit} holds NaN or infinity"
+            if culprit
+            else f"{error} though every parameter is: activations overflowed; a lower "
+            "learning rate or float64 helps"
+        ) from error

@@ -93,8 +93,8 @@ def route_forward(params: Params, u: Array, config: Config) -> tuple[Routing, tu
     u = u.astype(np.result_type(u, np.float32), copy=False)
     z, saved_linear = linear_forward(u, params["gate.weight"])  # (N, E)
     if not (np.isfinite(z).all() and np.isfinite(params[BIAS]).all()):
-        what = "its input holds" if not np.isfinite(u).all() else "its weights hold"
-        raise FloatingPointError(f"router: {what} NaN or infinity (or overflow)")
+        what = "scores" if np.isfinite(u).all() else "inputs"
+        raise FloatingPointError(f"the {what} of a router are not finite")
     s = sigmoid(z)
     experts = choose(s + params[BIAS], config)  # (N, K)
     chosen = np.take_along_axis(s, experts, axis=-1)  # (N, K)
@@ -115,10 +115,10 @@ def route_backward(
     others who read the affinities send back. Returns du (N, D), dW (E, D); the bias
     has no gradient.
     """
-    saved_linear, (experts, gates, s), scale = saved
+    saved_linear, (experts, _, s), scale = saved
     chosen = np.take_along_axis(s, experts, axis=-1)  # (N, K)
     total = chosen.sum(axis=-1, keepdims=True) + 1e-20  # (N, 1)
-    mean = np.sum(gates * dgates, axis=-1, keepdims=True) / scale  # (N, 1)
+    mean = np.sum(chosen / total * dgates, axis=-1, keepdims=True)  # (N, 1)
     ds = np.zeros_like(s)
     np.put_along_axis(ds, experts, scale / total * (dgates - mean), axis=-1)
     dz = (ds + daffinities) * s * (1 - s)  # (N, E)
@@ -239,10 +239,15 @@ def moe_forward(params: Params, u: Array, config: Config) -> tuple[Array, tuple]
 
     The shared expert has no gate and no router: it sees every token. Several of them
     are one of their joint width. Shapes: u (B, T, D), normalised -> (B, T, D). Raises
-    ParameterError for parameters that do not fit the config, FloatingPointError as
-    `route_forward` does.
+    ParameterError for parameters that do not fit the config, ValueError for u of
+    another shape, FloatingPointError as `route_forward` does.
     """
     check_shapes(params, moe_shapes(config))
+    if u.ndim != 3 or u.shape[-1] != config.hidden_size or 0 in u.shape:
+        raise ValueError(
+            f"experts: u must be (batch, time, {config.hidden_size}), no axis empty, "
+            f"got {u.shape}"
+        )
     rows = u.reshape(-1, u.shape[-1])  # (N, D)
     routing, saved_route = route_forward(params, rows, config)
     y, saved_experts = experts_forward(params, rows, routing)
@@ -269,7 +274,8 @@ def moe_backward(
     ds = 0.0
     if dbalance:
         _, saved_balance = balance_forward(*_sequences(saved))
-        ds = balance_backward(dbalance, saved_balance).reshape(routing.affinities.shape)
+        ds = balance_backward(dbalance, saved_balance)  # (B, T, E)
+        ds = ds.reshape(routing.affinities.shape)  # (N, E)
     du_router, dW_router = route_backward(dgates, saved_route, ds)
     du = (du + du_router).reshape(shape)  # (B, T, D)
     grads = {"gate.weight": dW_router, **grads}
@@ -293,7 +299,8 @@ def balance_loss(saved: tuple) -> float:
 def _sequences(saved: tuple) -> tuple[Array, int]:
     """Affinities by sequence (B, T, E), and K."""
     (B, T, _), routing = saved[:2]
-    return routing.affinities.reshape(B, T, -1), routing.experts.shape[1]
+    affinities = routing.affinities.reshape(B, T, -1)  # (B, T, E)
+    return affinities, routing.experts.shape[1]
 
 
 # --- balance: the bias rule and the loss ---------------------------------------------
@@ -325,8 +332,10 @@ def balance_forward(affinities: Array, K: int) -> tuple[float, tuple]:
     Shapes: affinities (B, T, E).
     """
     B, T, E = affinities.shape
-    best = top(affinities, K).reshape(B, -1) + E * np.arange(B)[:, None]  # (B, T*K)
-    counts = np.bincount(best.ravel(), minlength=B * E).reshape(B, 1, E)
+    best = top(affinities, K).reshape(B, -1)  # (B, T*K)
+    best += E * np.arange(B)[:, None]  # each sequence counts in a range of its own
+    counts = np.bincount(best.ravel(), minlength=B * E)  # (B*E)
+    counts = counts.reshape(B, 1, E)  # (B, 1, E)
     f = (counts * (E / (K * T))).astype(affinities.dtype)  # (B, 1, E)
     total = affinities.sum(axis=-1, keepdims=True) + 1e-20  # (B, T, 1)
     shares = affinities / total  # (B, T, E)
