@@ -19,7 +19,7 @@ DeepSeek-V3 report, section 2.1.2, pages 8–10:
         \quad (16) \\
     s_{i,t} &= σ(u_t^\top e_i) \quad (15)
 
-The E experts form M groups, one a machine. A group's score is the sum of its two best
+The E experts form groups, one a machine. A group's score is the sum of its two best
 :math:`s + b`; only experts of the best groups (4 of 8) can be chosen, so that a token
 travels to four machines at most.
 

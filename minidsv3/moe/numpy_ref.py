@@ -60,8 +60,8 @@ def group_scores(choice: Array, n_group: int) -> Array:
 
     Two, because 8 experts in at most 4 groups are two a group (report, p. 10).
     """
-    grouped = choice.reshape(len(choice), n_group, -1)  # (N, M, E/M)
-    return np.partition(grouped, -2, axis=-1)[..., -2:].sum(axis=-1)  # (N, M)
+    grouped = choice.reshape(len(choice), n_group, -1)  # (N, n_group, E/n_group)
+    return np.partition(grouped, -2, axis=-1)[..., -2:].sum(axis=-1)  # (N, n_group)
 
 
 def choose(choice: Array, config: Config) -> Array:
@@ -373,5 +373,5 @@ def max_violation(counts: Array) -> float:
 def machines_touched(experts: Array, config: Config) -> Array:
     """In how many groups each token's experts lie: (N, K) -> (N,)."""
     group = experts // (config.n_routed_experts // config.n_group)  # (N, K)
-    in_group = group[:, :, None] == np.arange(config.n_group)  # (N, K, M)
+    in_group = group[:, :, None] == np.arange(config.n_group)  # (N, K, n_group)
     return in_group.any(axis=1).sum(axis=-1)
