@@ -98,9 +98,7 @@ def latents_forward(
     kv, saved_down = linear_forward(x, params["kv_a_proj_with_mqa.weight"])
     a, k_R = np.split(kv, [config.kv_lora_rank], axis=-1)  # (B, T, d_c), (B, T, d_R)
     c_KV, saved_norm = rmsnorm_forward(a, params["kv_a_layernorm.weight"], LATENT_EPS)
-    k_R, saved_rope = rope_forward(
-        k_R[:, :, None], rotation
-    )  # one head: (B, T, 1, d_R)
+    k_R, saved_rope = rope_forward(k_R[:, :, None], rotation)  # (B, T, 1, d_R)
     kept = np.concatenate([c_KV, k_R[:, :, 0]], axis=-1)  # (B, T, d_c + d_R)
     return kept, (saved_down, saved_norm, saved_rope)
 
@@ -150,7 +148,8 @@ def naive_backward(do: Array, saved: tuple) -> tuple[Array, ...]:
     dq_C, dq_R = np.split(dq, [d_h], axis=-1)
     dk_C, dk_R = np.split(dk, [d_h], axis=-1)  # (B, S, N_h, …)
     dkv = np.concatenate([dk_C, dv], axis=-1)  # (B, S, N_h, d_h + d_v)
-    dc_KV, dW_UKV = linear_backward(dkv.reshape(*dkv.shape[:2], -1), saved_up)
+    dkv = dkv.reshape(*dkv.shape[:2], -1)  # (B, S, N_h*(d_h + d_v))
+    dc_KV, dW_UKV = linear_backward(dkv, saved_up)  # (B, S, d_c)
     dkept = np.concatenate([dc_KV, dk_R.sum(axis=2)], axis=-1)  # (B, S, d_c + d_R)
     return dW_UKV, dq_C, dq_R, dkept
 
