@@ -624,30 +624,6 @@ def test_cached_logits_are_uncached_logits(config: Config) -> None:
     check_cached_model(config)
 
 
-def test_the_block_chooses_the_form(monkeypatch) -> None:
-    """Naive for training and for a prompt, absorbed from then on, and after a crop."""
-    seen = []
-    for form in FORMS:
-        name = f"{form}_forward"
-        real = getattr(mla, name)
-
-        def spy(*arguments, form: str = form, real=real) -> tuple:
-            seen.append(form)
-            return real(*arguments)
-
-        monkeypatch.setattr(mla, name, spy)
-    config = dataclasses.replace(BASE, num_hidden_layers=1)
-    params, caches = fresh(config), model.new_caches(config, 9)
-    model.forward(params, config, ids(1, 4))
-    for n in (3, 1, 2):
-        model.forward(params, config, ids(1, n), caches)
-    caches[0].crop(4)
-    model.forward(params, config, ids(1, 1), caches)
-    caches[0].crop(0)
-    model.forward(params, config, ids(1, 2), caches)
-    assert seen == ["naive", "naive", *["absorbed"] * 3, "naive"]
-
-
 @pytest.mark.parametrize("length", range(6))
 def test_what_was_cropped_was_never_there(length: int) -> None:
     params, tokens = fresh(BASE), ids(2, 9)
@@ -792,6 +768,17 @@ def check_cost_of_decoding(config: Config = BASE) -> None:
     for past, new in ((6, 1), (40, 1), (40, 3)):
         expected = computed_products(config, past, new, "absorbed")
         assert products_of(config, past, new) == expected
+
+
+def check_the_choice_of_form() -> None:
+    """Naive for a prompt, absorbed for what continues it, be it a token or more."""
+    steps = {(0, 6): "naive", (6, 1): "absorbed", (6, 4): "absorbed"}
+    for step, form in steps.items():
+        assert products_of(BASE, *step) == computed_products(BASE, *step, form)
+
+
+def test_the_block_chooses_the_form() -> None:
+    check_the_choice_of_form()
 
 
 @each_model
