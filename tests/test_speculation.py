@@ -69,12 +69,15 @@ def last_counts(params: Params, ids: np.ndarray, n: int, **sampling):
 # --- greedy -------------------------------------------------------------------------
 
 
-def check_greedy(params: Params, B: int = 1, how_many: int = 100, n: int = 24):
+def check_greedy(
+    params: Params, B: int = 1, how_many: int = 100, n: int = 24, config=CONFIG
+) -> tuple[int, int]:
     """The text without speculation, token for token; returns drafts and kept ones."""
     drafts = accepted = 0
     for ids in prompts(how_many, B):
-        plain = generation.generate(params, CONFIG, ids, n)
-        steps = list(generation.speculate(params, CONFIG, ids, n))
+        ids %= config.vocab_size
+        plain = generation.generate(params, config, ids, n)
+        steps = list(generation.speculate(params, config, ids, n))
         text = np.concatenate([new for new, _ in steps], axis=1)
         np.testing.assert_array_equal(text, plain)
         drafts += steps[-1][1].drafts

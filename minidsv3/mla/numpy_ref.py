@@ -67,9 +67,10 @@ def queries_backward(dq_C: Array, dq_R: Array, saved: tuple) -> tuple[Array, Par
     Returns dx (B, T, D) and the gradients under the parameters' names.
     """
     saved_a, saved_b, saved_rope = saved
-    B, T = dq_C.shape[:2]
+    B, T, N_h, _ = dq_C.shape
     dq = np.concatenate([dq_C, rope_backward(dq_R, saved_rope)], axis=-1)
-    dc_Q, dW_b = linear_backward(dq.reshape(B, T, -1), saved_b)
+    dq = dq.reshape(B, T, -1)  # (B, T, N_h*d)
+    dc_Q, dW_b = linear_backward(dq, saved_b)
     if saved_a is None:
         return dc_Q, {"q_proj.weight": dW_b}
     saved_down, saved_norm = saved_a
@@ -98,9 +99,7 @@ def latents_forward(
     kv, saved_down = linear_forward(x, params["kv_a_proj_with_mqa.weight"])
     a, k_R = np.split(kv, [config.kv_lora_rank], axis=-1)  # (B, T, d_c), (B, T, d_R)
     c_KV, saved_norm = rmsnorm_forward(a, params["kv_a_layernorm.weight"], LATENT_EPS)
-    k_R, saved_rope = rope_forward(
-        k_R[:, :, None], rotation
-    )  # one head: (B, T, 1, d_R)
+    k_R, saved_rope = rope_forward(k_R[:, :, None], rotation)  # (B, T, 1, d_R)
     kept = np.concatenate([c_KV, k_R[:, :, 0]], axis=-1)  # (B, T, d_c + d_R)
     return kept, (saved_down, saved_norm, saved_rope)
 
@@ -132,7 +131,8 @@ def naive_forward(
     N_h, d_h = config.num_attention_heads, config.qk_nope_head_dim
     c_KV, k_R = np.split(kept, [config.kv_lora_rank], axis=-1)
     kv, saved_up = linear_forward(c_KV, W_UKV)
-    k_C, v = np.split(kv.reshape(B, S, N_h, -1), [d_h], axis=-1)  # (B, S, N_h, …)
+    kv = kv.reshape(B, S, N_h, -1)  # (B, S, N_h, d_h + d_v)
+    k_C, v = np.split(kv, [d_h], axis=-1)
     k_R = np.broadcast_to(k_R[:, :, None], (B, S, N_h, k_R.shape[-1]))
     q = np.concatenate([q_C, q_R], axis=-1)  # (B, T, N_h, d_h + d_R)
     k = np.concatenate([k_C, k_R], axis=-1)  # (B, S, N_h, d_h + d_R)
@@ -150,7 +150,8 @@ def naive_backward(do: Array, saved: tuple) -> tuple[Array, ...]:
     dq_C, dq_R = np.split(dq, [d_h], axis=-1)
     dk_C, dk_R = np.split(dk, [d_h], axis=-1)  # (B, S, N_h, …)
     dkv = np.concatenate([dk_C, dv], axis=-1)  # (B, S, N_h, d_h + d_v)
-    dc_KV, dW_UKV = linear_backward(dkv.reshape(*dkv.shape[:2], -1), saved_up)
+    dkv = dkv.reshape(*dkv.shape[:2], -1)  # (B, S, N_h*d_h + N_h*d_v)
+    dc_KV, dW_UKV = linear_backward(dkv, saved_up)  # (B, S, d_c)
     dkept = np.concatenate([dc_KV, dk_R.sum(axis=2)], axis=-1)  # (B, S, d_c + d_R)
     return dW_UKV, dq_C, dq_R, dkept
 
@@ -197,7 +198,8 @@ def absorbed_backward(do: Array, saved: tuple) -> tuple[Array, ...]:
     dkept = dk[:, :, 0]  # (B, S, d_c + d_R), as key
     dkept[..., :d_c] += dv[:, :, 0]  # as value
     dW = np.concatenate([dW_UK, dW_UV], axis=1)  # (N_h, d_h + d_v, d_c)
-    return dW.reshape(-1, d_c), dq_C, dq_R, dkept
+    dW = dW.reshape(-1, d_c)  # (N_h*d_h + N_h*d_v, d_c)
+    return dW, dq_C, dq_R, dkept
 
 
 def _by_head(x: Array, W: Array) -> Array:
@@ -243,11 +245,12 @@ def mla_forward(
     attend = absorbed_forward if absorbed else naive_forward
     W_UKV = params["kv_b_proj.weight"]
     o, saved_core = attend(W_UKV, q_C, q_R, kept, config)
-    B, T = x.shape[:2]
-    y, saved_o = linear_forward(o.reshape(B, T, -1), params["o_proj.weight"])
+    heads = o.shape
+    o = o.reshape(*x.shape[:2], -1)  # (B, T, N_h*d_v)
+    y, saved_o = linear_forward(o, params["o_proj.weight"])
     if cache is not None:
         return y, None
-    return y, (saved_q, saved_kv, saved_core, saved_o, o.shape, absorbed)
+    return y, (saved_q, saved_kv, saved_core, saved_o, heads, absorbed)
 
 
 def mla_backward(dy: Array, saved: tuple) -> tuple[Array, Params]:
@@ -256,10 +259,11 @@ def mla_backward(dy: Array, saved: tuple) -> tuple[Array, Params]:
     x was read twice, by queries and latents. Returns dx (B, T, D) and the gradients
     under the parameters' names.
     """
-    saved_q, saved_kv, saved_core, saved_o, shape, absorbed = saved
+    saved_q, saved_kv, saved_core, saved_o, heads, absorbed = saved
     do, dW_o = linear_backward(dy, saved_o)
+    do = do.reshape(heads)  # (B, T, N_h, d_v)
     backward = absorbed_backward if absorbed else naive_backward
-    dW_UKV, dq_C, dq_R, dkept = backward(do.reshape(shape), saved_core)
+    dW_UKV, dq_C, dq_R, dkept = backward(do, saved_core)
     dx_kv, grads_kv = latents_backward(dkept, saved_kv)
     dx_q, grads_q = queries_backward(dq_C, dq_R, saved_q)
     grads = {

@@ -53,6 +53,11 @@ def trunk_forward(
             "one, as new_caches does"
         )
     start = caches[0].length if caches else 0
+    if caches and any(cache.length != start for cache in caches):
+        lengths = ", ".join(str(cache.length) for cache in caches)
+        raise ValueError(
+            f"the layers' caches hold {lengths} positions: extend and crop all alike"
+        )
     _check_length(start + T, config)
     x, saved_embed = embedding_forward(ids, params["model.embed_tokens.weight"])
     positions = np.arange(start, start + T)

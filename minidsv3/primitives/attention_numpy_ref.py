@@ -40,7 +40,7 @@ class Cache:
         """Append ``new`` arrays (B, T, ...) and return all that is kept, (B, S, ...).
 
         The answers are views: valid until the next call. Raises ValueError when the
-        cache is full, leaving it as it was.
+        cache is full or belongs to another model or batch, leaving it as it was.
         """
         T = new[0].shape[1]
         end = self.length + T
@@ -51,6 +51,7 @@ class Cache:
             )
         if not self._arrays:
             self._arrays = tuple(self._room_for(n) for n in new)
+        self._check_kind(new)
         for kept, n in zip(self._arrays, new, strict=True):
             kept[:, self.length : end] = n
         self.length = end
@@ -71,6 +72,20 @@ class Cache:
 
     def _room_for(self, n: Array) -> Array:
         return np.empty((n.shape[0], self.capacity, *n.shape[2:]), n.dtype)
+
+    def _check_kind(self, new: tuple[Array, ...]) -> None:
+        """Assignment would stretch a batch of one, and round float64 to float32."""
+        kept, given = _kinds(self._arrays), _kinds(new)
+        if kept != given:
+            raise ValueError(
+                f"cache: it keeps {kept} (batch, widths, precision), but {given} "
+                "arrives; a cache is for one model and one batch"
+            )
+
+
+def _kinds(arrays: tuple[Array, ...]) -> list[tuple]:
+    """Batch, widths and precision of arrays, whatever their length."""
+    return [(a.shape[0], *a.shape[2:], a.dtype.name) for a in arrays]
 
 
 def _fold(x: Array, N_kv: int) -> Array:
