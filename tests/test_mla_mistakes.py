@@ -15,7 +15,7 @@ from minidsv3.model import block_numpy_ref as block
 from minidsv3.model import numpy_ref as model
 from minidsv3.primitives import numpy_ref as primitives
 from tests import test_mla
-from tests.test_mtp_mistakes import plant
+from tests.planting import plant
 
 
 def forward(form: str = "naive") -> None:
