@@ -8,7 +8,7 @@ from minidsv3 import config, corpus
 
 DESCRIPTION = "The command line: python -m minidsv3 train | generate | evaluate."
 
-PRESETS = {"plain": config.PLAIN}
+PRESETS = {"plain": config.PLAIN, "tiny": config.TINY, "mini": config.MINI}
 
 RECIPE = {  # options of `train` that are fields of TrainConfig
     "steps": "optimiser steps",
@@ -46,7 +46,7 @@ def configs(options: argparse.Namespace) -> tuple[config.Config, config.TrainCon
             raise BadOption(f"--set {name}: neither Config nor TrainConfig has it")
     # all at once: two changes may be possible only together
     model = replace(model, **sizes)
-    recipe = replace(recipe, **_fitting(recipe, changes), **changes)
+    recipe = replace(recipe, **_fitting(recipe, model, changes), **changes)
     if model.vocab_size < corpus.VOCAB_SIZE:
         raise BadOption(
             f"vocab_size = {model.vocab_size}: text needs {corpus.VOCAB_SIZE}, a row "
@@ -66,13 +66,19 @@ def configs(options: argparse.Namespace) -> tuple[config.Config, config.TrainCon
     return model, recipe
 
 
-def _fitting(recipe: config.TrainConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """Defaults that a short run or a low rate would contradict, made to fit."""
-    limits = {"warmup_steps": "steps", "min_learning_rate": "learning_rate"}
+def _fitting(
+    recipe: config.TrainConfig, model: config.Config, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Defaults that a short run, a low rate or a short context contradicts: fitted."""
+    limits = {
+        "warmup_steps": changes.get("steps"),
+        "min_learning_rate": changes.get("learning_rate"),
+        "sequence_length": model.max_position_embeddings,
+    }
     return {
-        name: min(getattr(recipe, name), changes[limit])
+        name: min(getattr(recipe, name), limit)
         for name, limit in limits.items()
-        if name not in changes and isinstance(changes.get(limit), int | float)
+        if name not in changes and isinstance(limit, int | float)
     }
 
 

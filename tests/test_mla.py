@@ -8,6 +8,7 @@ Face transformers.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -35,7 +36,13 @@ from tests.oracles import (
 from tests.shapes import checked_shapes
 from tests.test_cli import TRAIN
 from tests.test_cli import text as a_text  # noqa: F401, a fixture
-from tests.test_model import fresh, ids, interleaved_to_half_split, rotary
+from tests.test_model import (
+    fresh,
+    ids,
+    interleaved_to_half_split,
+    rotary,
+    torch_swiglu,
+)
 from tests.test_primitives import compositions, normal, rotation_for
 from tests.test_speculation import check_greedy
 
@@ -326,19 +333,20 @@ def test_its_comments_say_true_shapes() -> None:
 
 
 def peer_config(config: Config):
-    """transformers' config of the same model, its dense layers only."""
+    """transformers' config of the same model; without experts all layers are dense."""
     from transformers import DeepseekV3Config
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= {"rope_type": "yarn", **dataclasses.asdict(config.rope_scaling)}
     left_out = ("rope_scaling", "rope_theta", "first_k_dense_replace")
+    L, dense = config.num_hidden_layers, config.first_k_dense_replace
     words = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
     if not config.uses_moe:
         words = {k: v for k, v in words.items() if v is not None or k == "q_lora_rank"}
     return DeepseekV3Config(
         **words,
-        first_k_dense_replace=config.num_hidden_layers,
+        first_k_dense_replace=dense if config.uses_moe else L,
         rope_parameters=rope,
         attn_implementation="eager",
     )
@@ -836,17 +844,17 @@ def test_every_gradient_of_the_whole_agrees_with_differences() -> None:
         assert error <= DIFFERENCES * np.linalg.norm(numeric) + 1e-9, name
 
 
-def torch_block(w: dict, config: Config, x: torch.Tensor) -> torch.Tensor:
-    """A dense block whose attention is MLA."""
+def torch_block(
+    w: dict, config: Config, x: torch.Tensor, feed: Callable = torch_swiglu
+) -> torch.Tensor:
+    """A block whose attention is MLA."""
 
     def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], gain, config.rms_norm_eps)
 
     u = norm(x, w["input_layernorm.weight"])
     x = x + torch_layer(parameters.cut(w, "self_attn."), config, u)
-    u = norm(x, w["post_attention_layernorm.weight"])
-    gate, up = u @ w["mlp.gate_proj.weight"].T, u @ w["mlp.up_proj.weight"].T
-    return x + (F.silu(gate) * up) @ w["mlp.down_proj.weight"].T
+    return x + feed(w, config, norm(x, w["post_attention_layernorm.weight"]))
 
 
 def torch_model(p: dict, config: Config, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,13 @@ MODELS = [
 ]
 
 
-def check_model(config: Config, B: int, T: int) -> None:
+def check_model(
+    config: Config, B: int, T: int, around: Callable = test_model.torch_block
+) -> None:
     params, tokens = fresh(config), ids(B, T + 1, config=config)
     losses, grads, stats = model.loss_and_grads(params, config, tokens, RECIPE)
     p, balances = as_tensors(params), []
-    block = block_with_experts(balances)
+    block = block_with_experts(balances, around)
     main_loss, *further = torch_losses(p, config, tokens, block)
     D = config.num_nextn_predict_layers
     total = main_loss + RECIPE.mtp_weight / max(D, 1) * sum(further)
@@ -269,7 +272,7 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path) -> None:
     assert same(resumed.m, whole.m) and same(resumed.v, whole.v)
     assert record.losses == last.losses
     header, *rows = (tmp_path / run_folder.LOG).read_text().splitlines()
-    assert header.endswith("main_nats,mtp_1_nats,balance_nats") and len(rows) == 8
+    assert header.endswith("main_nats,mtp_1_nats,balance,max_vio") and len(rows) == 8
 
 
 # --- the command line, and transformers ---------------------------------------------

@@ -53,7 +53,7 @@ MODULE_KEYS = [
 # --- the module and the model in torch ----------------------------------------------
 
 
-def norm(x: torch.Tensor, gain: torch.Tensor, config: Config = SMALL) -> torch.Tensor:
+def norm(x: torch.Tensor, gain: torch.Tensor, config: Config) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], gain, config.rms_norm_eps)
 
 
@@ -67,8 +67,9 @@ def torch_module(
     """Facts C.1, in the order of the released weights: two halves of eh_proj."""
     D = config.hidden_size
     of_e, of_h = w["eh_proj.weight"][:, :D], w["eh_proj.weight"][:, D:]
-    x = norm(e, w["enorm.weight"]) @ of_e.T + norm(h, w["hnorm.weight"]) @ of_h.T
-    return norm(block(w, config, x), w["shared_head.norm.weight"])
+    e, h = norm(e, w["enorm.weight"], config), norm(h, w["hnorm.weight"], config)
+    x = e @ of_e.T + h @ of_h.T
+    return norm(block(w, config, x), w["shared_head.norm.weight"], config)
 
 
 def torch_losses(
@@ -285,7 +286,7 @@ def depth_states(params: dict, config: Config, tokens: np.ndarray) -> list[np.nd
         for k in range(config.num_nextn_predict_layers)
     ]
     h, eps = model.hidden_states(saved), config.rms_norm_eps
-    return mtp.chain_forward(modules, h, e, plain_block(), eps)[0]
+    return mtp.chain_forward(modules, h, e, plain_block(config), eps)[0]
 
 
 def test_no_depth_sees_the_token_it_predicts() -> None:

@@ -65,10 +65,11 @@ def torch_balance(s: torch.Tensor, K: int) -> torch.Tensor:
     return total / B
 
 
-def block_with_experts(balances: list) -> Callable:
+def block_with_experts(balances: list, around: Callable = torch_block) -> Callable:
     """A block whose feed-forward has experts where its parameters have a router.
 
-    The balance loss of each such layer is appended to ``balances``.
+    ``around`` is the block with its attention, which is handed the feed-forward. The
+    balance loss of each layer of experts is appended to ``balances``.
     """
 
     def feed(w: dict, config: Config, u: torch.Tensor) -> torch.Tensor:
@@ -80,6 +81,6 @@ def block_with_experts(balances: list) -> Callable:
         return y
 
     def block(w: dict, config: Config, x: torch.Tensor) -> torch.Tensor:
-        return torch_block(w, config, x, feed)
+        return around(w, config, x, feed)
 
     return block

@@ -168,7 +168,7 @@ def loss_and_grads(
         total += weight * sum(further)
         blocks += map(mtp.saved_block, saved_mtp[1])
     layers = [s for s in map(saved_experts, blocks) if s is not None]
-    if config.uses_moe:
+    if layers:
         values.append(sum(map(moe.balance_loss, layers)))
         total += alpha * values[-1]
     grads = backward(dlogits, saved, dh, alpha)
@@ -180,7 +180,7 @@ def loss_and_grads(
 
 def loss_names(config: Config) -> list[str]:
     """The keys of the losses that `loss_and_grads` returns, in their order."""
-    balance = ["balance"] if config.uses_moe else []
+    balance = ["balance"] if _sparse_blocks(config) else []
     return ["main", *(f"mtp_{k}" for k in _depths(config)), *balance, "total"]
 
 
@@ -192,13 +192,16 @@ def expert_loads(config: Config, layers: Sequence[tuple]) -> dict:
     """
     if not layers:
         return {}
-    blocks = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    names = [
-        f"model.layers.{n}.mlp.{moe.BIAS}" for n in blocks if config.is_moe_layer(n)
-    ]
     E = config.n_routed_experts
+    names = [f"model.layers.{n}.mlp.{moe.BIAS}" for n in _sparse_blocks(config)]
     loads = [moe.load(moe.routing(saved).experts, E) for saved in layers]
     return {"load": dict(zip(names, loads, strict=True))}
+
+
+def _sparse_blocks(config: Config) -> list[int]:
+    """The blocks with experts, the MTP modules' too; perhaps all are dense."""
+    blocks = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    return [n for n in blocks if config.is_moe_layer(n)]
 
 
 # --- multi-token prediction ---------------------------------------------------------
