@@ -14,9 +14,10 @@ import pytest
 
 from minidsv3 import checkpoints, parameters
 from minidsv3.__main__ import main
-from minidsv3.config import MINI, TINY
-from minidsv3.corpus import encode
+from minidsv3.config import MINI, TINY, TrainConfig
+from minidsv3.corpus import batch, encode, load_corpus
 from minidsv3.generation.numpy_ref import speculate
+from minidsv3.model.numpy_ref import loss_and_grads
 from minidsv3.training import run_folder
 from tests.test_cli import ROOT, minidsv3, text, wait_for_log  # noqa: F401, a fixture
 from tests.test_moe_model import is_bias
@@ -90,8 +91,11 @@ def trained(out: Path, text: Path, *more: str, steps: int = 12) -> None:  # noqa
     assert main([*TRAIN, *given, *more]) == 0
 
 
-def check_log(folder: Path) -> None:
-    """The total is the sum that the report says; λ falls after 10 of 14.8 parts."""
+def check_log(folder: Path, text: Path) -> None:  # noqa: F811
+    """The total is the sum that the report says; λ falls after 10 of 14.8 parts.
+
+    MaxVio is that of the batch, counted again for the first one, over both layers.
+    """
     header, *rows = (folder / run_folder.LOG).read_text().splitlines()
     parts = ["main_nats", "mtp_1_nats", "balance", "max_vio"]
     assert header.split(",") == [*run_folder.COLUMNS, *parts] and len(rows) == 12
@@ -102,6 +106,11 @@ def check_log(folder: Path) -> None:
         assert total == pytest.approx(expected, rel=1e-6)
         assert 1.9 < balance < 2.5, "two layers, one each if all were balanced"
         assert 0 < max_vio < 8 / 3
+    params = parameters.initialise(TINY, 0, TrainConfig().init_std)
+    first = batch(load_corpus(text).train, 4, 24, seed=0, step=0)
+    load = loss_and_grads(params, TINY, first, TrainConfig())[2]["load"].values()
+    fullest = [counts.max() / (counts.sum() / len(counts)) - 1 for counts in load]
+    assert float(rows[0].split(",")[-1]) == pytest.approx(sum(fullest) / 2, rel=1e-6)
 
 
 def test_from_training_to_text(
@@ -115,7 +124,7 @@ def test_from_training_to_text(
     assert f"{parameters.count(TINY):,} parameters".encode() in said.out
     for word in (b"bits per byte", b"mtp_1", b"balance 2."):
         assert word in said.err.splitlines()[-1].split(b"\r")[-1]
-    check_log(out)
+    check_log(out, text)
     params, config = checkpoints.load(out)
     assert config == TINY
     for name in filter(is_bias, params):
