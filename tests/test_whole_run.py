@@ -58,8 +58,11 @@ def test_a_run_is_reproducible_and_survives_kills(
     tmp_path: Path,
     text: Path,  # noqa: F811
 ) -> None:
-    """Twice undisturbed, and once killed at moments that nobody chose."""
-    given = [*TRAIN, "--text", text, "--steps", str(STEPS), "--save-every", "2"]
+    """Twice undisturbed, and once killed at moments that nobody chose.
+
+    Where every step is saved it dies while saving, else between two saves.
+    """
+    given = [*TRAIN, "--text", text, "--steps", str(STEPS)]
     whole, twice, killed = (tmp_path / n for n in ("whole", "twice", "killed"))
     for out in (whole, twice):
         done = minidsv3(*given, "--out", out)
@@ -70,9 +73,9 @@ def test_a_run_is_reproducible_and_survives_kills(
     assert len(biases) == 2 and all(np.abs(b).max() > 0.05 for b in biases)
 
     dice, reached, resume = random.Random(), 0, []
-    for _ in range(4):
+    for often in ("1", "9", "1", "9"):
         reached += dice.randrange(5, 50)
-        process = start(*given, "--out", killed, *resume)
+        process = start(*given, "--save-every", often, "--out", killed, *resume)
         wait_for_log(killed / run_folder.LOG, reached)
         time.sleep(dice.uniform(0, 0.03))
         process.kill()
