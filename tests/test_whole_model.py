@@ -110,8 +110,7 @@ def from_file(folder: Path, **options):
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     peer, report = DeepseekV3ForCausalLM.from_pretrained(
         folder,
-        **eager,
-        **options,
+        **(eager | options),
         ignore_mismatched_sizes=True,  # they are in the report
         output_loading_info=True,
     )

@@ -74,7 +74,7 @@ def test_a_run_is_reproducible_and_survives_kills(
 
     dice, reached, resume = random.Random(), 0, []
     for often in ("1", "9", "1", "9"):
-        reached += dice.randrange(5, 50)
+        reached += dice.randrange(5, 40)
         process = start(*given, "--save-every", often, "--out", killed, *resume)
         wait_for_log(killed / run_folder.LOG, reached)
         time.sleep(dice.uniform(0, 0.03))

@@ -43,30 +43,42 @@ def forward_and_backward(given: Layer, dy: np.ndarray) -> tuple:
 # --- beside torch ---------------------------------------------------------------------
 
 
-def grouped(config: Config, w: dict, u: torch.Tensor) -> torch.Tensor:
-    """The layer as torch would have it: sort, three grouped products, index_add."""
-    rows = u.flatten(0, 1)
-    s = torch.sigmoid(rows @ w["gate.weight"].T)
-    with torch.no_grad():
-        experts = chosen(s + w[BIAS], config)
-    shares = s.gather(1, experts)
-    gates = config.routed_scaling_factor * shares / shares.sum(-1, keepdim=True)
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten(), minlength=config.n_routed_experts)
+def swiglu(w: dict, x: torch.Tensor) -> torch.Tensor:
+    gate, up, down = (w[name] for name in WEIGHTS)
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def grouped(w: dict, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Each expert's rows of x (P, D), which lie one after another: three products."""
     ends = counts.cumsum(0).to(torch.int32)
-    tokens = order // config.num_experts_per_tok
 
     def product(x: torch.Tensor, kind: str) -> torch.Tensor:
         W = w[f"experts.{kind}_proj.weight"].transpose(1, 2)
         return F.grouped_mm(x, W, offs=ends)
 
-    x = rows[tokens]
-    o = product(F.silu(product(x, "gate")) * product(x, "up"), "down")
-    o = o * gates.flatten()[order, None]
+    return product(F.silu(product(x, "gate")) * product(x, "up"), "down")
+
+
+def torch_layer(
+    config: Config, w: dict, u: torch.Tensor, experts: Callable = grouped
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer as torch would have it: sort, the experts' products, index_add.
+
+    Returns y (B, T, D), the affinities (N, E) and the load (E,).
+    """
+    rows = u.flatten(0, 1)
+    s = torch.sigmoid(rows @ w["gate.weight"].T)
+    with torch.no_grad():
+        best = chosen(s + w[BIAS], config)
+    shares = s.gather(1, best)
+    gates = config.routed_scaling_factor * shares / shares.sum(-1, keepdim=True)
+    order = best.flatten().argsort(stable=True)
+    counts = torch.bincount(best.flatten(), minlength=config.n_routed_experts)
+    tokens = order // config.num_experts_per_tok
+    o = experts(w, rows[tokens], counts) * gates.flatten()[order, None]
     y = torch.zeros_like(rows).index_add(0, tokens, o)
-    gate, up, down = (w[f"shared_experts.{name}"] for name in WEIGHTS)
-    y = y + (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-    return y.view_as(u)
+    y = y + swiglu({name: w[f"shared_experts.{name}"] for name in WEIGHTS}, rows)
+    return y.view_as(u), s, counts
 
 
 def chosen(choice: torch.Tensor, config: Config) -> torch.Tensor:
@@ -79,7 +91,7 @@ def chosen(choice: torch.Tensor, config: Config) -> torch.Tensor:
 
 def torch_route(given: Layer) -> tuple[Callable, list]:
     w = {k: torch.tensor(a, requires_grad=k != BIAS) for k, a in given.params.items()}
-    return lambda u: grouped(given.config, w, u), [w[k] for k in w if k != BIAS]
+    return lambda u: torch_layer(given.config, w, u)[0], [w[k] for k in w if k != BIAS]
 
 
 def transformers_route(given: Layer) -> tuple[Callable, list]:
