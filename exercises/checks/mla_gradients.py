@@ -1,0 +1,384 @@
+"""Chapter 4, backwards: the same gradients by the naive and by the absorbed form."""
+
+import numpy as np
+from grader.spec import Case, Check, Wrong
+
+from checks.draws import normal, weights
+
+
+def arriving(
+    B: int, T: int, S: int, N_h: int, widths: tuple[int, ...], alpha: float, seed: int
+) -> Case:
+    """Gradients at the heads' outputs; widths are d_h, d_R, d_v, d_c."""
+    d_h, d_R, d_v, d_c = widths
+    do, P = normal(B, T, N_h, d_v, seed=seed), weights(B, N_h, T, S, seed=seed + 1)
+    q_C = normal(B, T, N_h, d_h, seed=seed + 3)
+    q_R = normal(B, T, N_h, d_R, seed=seed + 4)
+    kept = normal(B, S, d_c + d_R, seed=seed + 5)
+    W_UKV = normal(N_h * (d_h + d_v), d_c, seed=seed + 6)
+    label = (
+        f"B={B}, {T} queries, {S} kept, {N_h} heads, d_h={d_h}, d_R={d_R}, d_v={d_v}, "
+        f"d_c={d_c}"
+    )
+    return Case(label, (do, q_C, q_R, kept, W_UKV, P, alpha))
+
+
+def cases_of_both() -> list[Case]:
+    """What both backward passes are asked."""
+    return [
+        Case(
+            "one query, two tokens kept, two heads of 1 + 2 numbers",
+            (
+                np.array([[[[1.0], [-1.0]]]]),
+                np.array([[[[1.0], [2.0]]]]),
+                np.array([[[[1.0, 0.0], [0.5, 1.0]]]]),
+                np.array([[[1.0, 1.0, 0.0], [2.0, 0.0, 1.0]]]),
+                np.array([[1.0], [2.0], [-1.0], [3.0]]),
+                np.array([[[[0.5, 0.5]], [[0.25, 0.75]]]]),
+                0.5,
+            ),
+        ),
+        arriving(B=2, T=3, S=3, N_h=2, widths=(3, 2, 4, 5), alpha=0.6, seed=10),
+        arriving(B=1, T=2, S=5, N_h=3, widths=(2, 4, 1, 3), alpha=-1.5, seed=20),
+        arriving(B=2, T=1, S=4, N_h=1, widths=(3, 2, 3, 2), alpha=0.1, seed=30),
+        arriving(B=3, T=2, S=3, N_h=3, widths=(4, 4, 4, 4), alpha=0.35, seed=40),
+        arriving(B=1, T=4, S=6, N_h=2, widths=(1, 6, 2, 3), alpha=2.0, seed=50),
+    ]
+
+
+RETURNS = ("dq_C", "dq_R", "dkept", "dW_UKV")
+
+NAIVE_BACKWARD = Check(
+    "mla.6",
+    returns=RETURNS,
+    cases=cases_of_both,
+    hints=(
+        "First as if keys and values were given: dv, dP, dS, and from dS the gradients "
+        "of both parts of queries and keys. Then one more step, from keys and values "
+        "to c and W_UKV. Who used k_R?",
+        "`dS = alpha * softmax_backward(dP, P)`. dk_R is `'bhts,bthr->bsr'` of dS and "
+        "q_R: h is gone, so it sums over heads. dk_C is `'bhts,bthd->bshd'`: each head "
+        "has its own.",
+        "Join dk_C and dv on the last axis and reshape to (B, S, N_h*(d_h+d_v)). Then "
+        "dc is `dkv @ W_UKV`, dW_UKV is `np.einsum('bso,bsc->oc', dkv, c)`, and dkept "
+        "is dc with dk_R behind it.",
+    ),
+    wrong=(
+        Wrong(
+            "the shared key hears from one head",
+            'np.einsum("bhts,bthr->bsr", dS, q_R)',
+            'np.einsum("bts,btr->bsr", dS[:, 0], q_R[:, :, 0])',
+            "All heads used this key, so its gradient is the sum over them. (The most "
+            "common bug of MLA.)",
+        ),
+        Wrong(
+            "the shared key hears from the last head",
+            'np.einsum("bhts,bthr->bsr", dS, q_R)',
+            'np.einsum("bts,btr->bsr", dS[:, -1], q_R[:, :, -1])',
+            "In a loop over heads the key's gradient grows by +=; with = each head "
+            "replaces the one before.",
+        ),
+        Wrong(
+            "the shared key's gradient averaged over heads",
+            'np.einsum("bhts,bthr->bsr", dS, q_R)',
+            'np.einsum("bhts,bthr->bsr", dS, q_R) / N_h',
+            "What is shared, sums: the heads' gradients add up, nothing divides them.",
+        ),
+        Wrong(
+            "the shared key detached",
+            'np.einsum("bhts,bthr->bsr", dS, q_R)',
+            "np.zeros_like(k_R)",
+            "The key of the positions comes from x by a matrix that learns too.",
+        ),
+        Wrong(
+            "the scale forgotten",
+            "alpha * softmax_backward(dP, P)",
+            "softmax_backward(dP, P)",
+            "The scores were alpha times the products, so the products' gradient is "
+            "alpha times that of the scores.",
+        ),
+        Wrong(
+            "the scale twice",
+            "alpha * softmax_backward(dP, P)",
+            "alpha**2 * softmax_backward(dP, P)",
+            "The scores carry alpha once: put it into dS, and nowhere else.",
+        ),
+        Wrong(
+            "a scale of its own",
+            "alpha * softmax_backward(dP, P)",
+            "(d_h + q_R.shape[-1]) ** -0.5 * softmax_backward(dP, P)",
+            "alpha is handed in. Under YaRN it is more than 1 / sqrt(d_h + d_R).",
+        ),
+        Wrong(
+            "the scale forgotten at the positions",
+            'dq_R = np.einsum("bhts,bsr->bthr", dS, k_R)',
+            'dq_R = np.einsum("bhts,bsr->bthr", dS / alpha, k_R)',
+            "alpha multiplied the whole score, so the rotated parts get it too.",
+            (('bthr->bsr", dS, q_R', 'bthr->bsr", dS / alpha, q_R'),),
+        ),
+        Wrong(
+            "the softmax skipped",
+            "alpha * softmax_backward(dP, P)",
+            "alpha * dP",
+            "dP is the gradient of the weights. The scores are on the other side of "
+            "the softmax.",
+        ),
+        Wrong(
+            "the arguments of softmax_backward exchanged",
+            "softmax_backward(dP, P)",
+            "softmax_backward(P, dP)",
+            "softmax_backward takes the gradient first: dP, then P.",
+        ),
+        Wrong(
+            "the latent hears from the keys alone",
+            "dkv @ W_UKV, dk_R]",
+            'np.einsum("bshd,hdc->bsc", dk_C, W_UKV.reshape(N_h, -1, c.shape[-1])'
+            "[:, :d_h]), dk_R]",
+            "c made keys and values. Both send a gradient back, and they add up.",
+        ),
+        Wrong(
+            "the latent hears from the values alone",
+            "dkv @ W_UKV, dk_R]",
+            'np.einsum("bshv,hvc->bsc", dv, W_UKV.reshape(N_h, -1, c.shape[-1])'
+            "[:, d_h:]), dk_R]",
+            "c made keys and values. Both send a gradient back, and they add up.",
+        ),
+        Wrong(
+            "values in front of keys",
+            "[dk_C, dv], axis=-1)",
+            "[dv, dk_C], axis=-1)",
+            "Of each head's rows, the first d_h made the key and the rest the value. "
+            "Join the gradients in the same order.",
+        ),
+        Wrong(
+            "all keys first, then all values",
+            "dkv = np.concatenate([dk_C, dv], axis=-1).reshape(B, S, -1)",
+            "dkv = np.concatenate([dk_C.reshape(B, S, -1), dv.reshape(B, S, -1)], -1)",
+            "The rows of W_UKV lie head by head: join a head's two gradients first, "
+            "then the heads.",
+        ),
+        Wrong(
+            "the key's gradient in front of the latent's",
+            "[dkv @ W_UKV, dk_R]",
+            "[dk_R, dkv @ W_UKV]",
+            "dkept lies as kept does: d_c numbers of the latent, then the key.",
+        ),
+        Wrong(
+            "dW_UKV averaged over positions",
+            'np.einsum("bso,bsc->oc", dkv, c)',
+            'np.einsum("bso,bsc->oc", dkv, c) / (B * S)',
+            "Every position used W_UKV, and their gradients add up. A mean is taken "
+            "once, in the loss.",
+        ),
+        Wrong(
+            "dv from the scores' gradient",
+            'dv = np.einsum("bhts,bthv->bshv", P, do)',
+            'dP = np.einsum("bthv,bshv->bhts", do, v)\n'
+            "    dv = np.einsum(\n"
+            '        "bhts,bthv->bshv", alpha * softmax_backward(dP, P), do)',
+            "o is P v: the values' gradient is made of the weights themselves, P.",
+        ),
+    ),
+    right=(
+        "def naive_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"
+        "    (B, T, N_h, d_h), d_c = q_C.shape, W_UKV.shape[1]\n"
+        "    W, c = W_UKV.reshape(N_h, -1, d_c), kept[..., :d_c]\n"
+        "    k_R = kept[..., d_c:]\n"
+        "    dq_C, dq_R = np.zeros(q_C.shape), np.zeros(q_R.shape)\n"
+        "    dW, dkept = np.zeros(W.shape), np.zeros(kept.shape)\n"
+        "    for b, h in np.ndindex(B, N_h):\n"
+        "        k, v = c[b] @ W[h, :d_h].T, c[b] @ W[h, d_h:].T\n"
+        "        w, out = P[b, h], do[b, :, h]\n"
+        "        dw = out @ v.T\n"
+        "        ds = w * (dw - (out * (w @ v)).sum(-1, keepdims=True)) * alpha\n"
+        "        dq_C[b, :, h], dq_R[b, :, h] = ds @ k, ds @ k_R[b]\n"
+        "        dkv = np.hstack([ds.T @ q_C[b, :, h], w.T @ out])\n"
+        "        dkept[b, :, :d_c] += dkv @ W[h]\n"
+        "        dkept[b, :, d_c:] += ds.T @ q_R[b, :, h]\n"
+        "        dW[h] += dkv.T @ c[b]\n"
+        "    return dq_C, dq_R, dkept, dW.reshape(-1, d_c)\n",
+        "def naive_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"
+        "    do, q_C, q_R, kept, W_UKV, P = (\n"
+        "        x.astype(np.float32) for x in (do, q_C, q_R, kept, W_UKV, P))\n"
+        "    (n, d_c), (B, T, N_h, d_h) = W_UKV.shape, q_C.shape\n"
+        "    S = kept.shape[1]\n"
+        "    by_head = lambda x: x.transpose(0, 2, 1, 3)\n"
+        "    kv = by_head((kept[..., :d_c] @ W_UKV.T).reshape(B, S, N_h, n // N_h))\n"
+        "    k_R = np.repeat(kept[:, None, :, d_c:], N_h, 1)\n"
+        "    k = np.concatenate([kv[..., :d_h], k_R], -1)\n"
+        "    q = by_head(np.concatenate([q_C, q_R], -1))\n"
+        "    dS = softmax_backward(by_head(do) @ kv[..., d_h:].swapaxes(2, 3), P)\n"
+        "    dq, dk = dS @ k * alpha, (dS.swapaxes(2, 3) @ q) * alpha\n"
+        "    dv = P.swapaxes(2, 3) @ by_head(do)\n"
+        "    dkv = np.concatenate([dk[..., :d_h], dv], -1)\n"
+        "    dkv = by_head(dkv).reshape(B * S, n)\n"
+        "    dc = (dkv @ W_UKV).reshape(B, S, d_c)\n"
+        "    dkept = np.concatenate([dc, dk[..., d_h:].sum(1)], -1)\n"
+        "    dW = dkv.T @ kept[..., :d_c].reshape(B * S, d_c)\n"
+        "    dq = by_head(dq)\n"
+        "    return dq[..., :d_h], dq[..., d_h:], dkept, dW\n",
+    ),
+)
+
+CORE = "dq, dkept, dc = attention_backward(do_latent, q, kept, c, P, alpha)"
+
+ABSORBED_BACKWARD = Check(
+    "mla.7",
+    returns=RETURNS,
+    cases=cases_of_both,
+    hints=(
+        "Three layers deep: W_UV behind, the core in the middle, W_UK in front. Make "
+        "again what the forward pass had between them, then go back through the three. "
+        "The latent was key and value, and both answer.",
+        "Make q_latent and o_latent as forwards, with axes (B, N_h, T, d_c). do_latent "
+        "is `'bthv,hvc->bhtc'` of do and W_UV. The core's query has d_c + d_R numbers, "
+        "its key is `kept`, its value `c`.",
+        "`dq, dkept, dc = attention_backward(do_latent, q, kept, c, P, alpha)`, then "
+        "`dkept[..., :d_c] += dc`. The first d_c numbers of dq give dq_C by W_UK, and "
+        "dW_UK with q_C; dW_UV is made of do and o_latent. Join the two on axis 1.",
+    ),
+    wrong=(
+        Wrong(
+            "the latent hears from its part as key alone",
+            "    dkept[..., :d_c] += dc\n",
+            "",
+            "The latents were summed up as values too. That part sends dc, which is to "
+            "be added.",
+        ),
+        Wrong(
+            "the latent hears from its part as value alone",
+            "dkept[..., :d_c] += dc",
+            "dkept[..., :d_c] = dc",
+            "The latents were keys too. Their two gradients add up: `+=`.",
+        ),
+        Wrong(
+            "the part as value subtracted",
+            "dkept[..., :d_c] += dc",
+            "dkept[..., :d_c] -= dc",
+            "What was used twice hears twice, and the two gradients add up.",
+        ),
+        Wrong(
+            "the shared key detached",
+            "dkept[..., :d_c] += dc",
+            "dkept[..., :d_c] += dc\n    dkept[..., d_c:] = 0",
+            "The last d_R numbers of what is kept were part of the key, and hear too.",
+        ),
+        Wrong(
+            "what is kept hears a mean over the heads",
+            "dkept[..., :d_c] += dc",
+            "dkept[..., :d_c] += dc\n    dkept = dkept / N_h",
+            "What is shared, sums: one key serves all heads, and nothing divides "
+            "their gradients.",
+        ),
+        Wrong(
+            "the scale of the wide queries",
+            "kept, c, P, alpha)",
+            "kept, c, P, (d_c + q_R.shape[-1]) ** -0.5)",
+            "The scores are the same numbers as in the naive form, and so is alpha.",
+        ),
+        Wrong(
+            "the scale forgotten",
+            "kept, c, P, alpha)",
+            "kept, c, P, 1.0)",
+            "attention_backward wants the scale of the scores as its last argument: "
+            "alpha.",
+        ),
+        Wrong(
+            "the scale a second time in dW_UK",
+            "dW_UK = np",
+            "dW_UK = alpha * np",
+            "attention_backward has put alpha into dq. It enters dW_UK through that.",
+        ),
+        Wrong(
+            "the scale a second time in dq_C",
+            "dq_C = np",
+            "dq_C = alpha * np",
+            "attention_backward has put alpha into dq. It enters dq_C through that.",
+        ),
+        Wrong(
+            "the scale a second time in dq_C and dW_UK",
+            "dq_C = np",
+            "dq_C = alpha * np",
+            "attention_backward has put alpha into dq, and all that follows has it.",
+            (("dW_UK = np", "dW_UK = alpha * np"),),
+        ),
+        Wrong(
+            "W_UK detached",
+            "[dW_UK, dW_UV]",
+            "[0 * dW_UK, dW_UV]",
+            "W_UK made the wide queries from q_C. Its gradient is made of theirs.",
+        ),
+        Wrong(
+            "W_UV detached",
+            "[dW_UK, dW_UV]",
+            "[dW_UK, 0 * dW_UV]",
+            "W_UV made the outputs from o_latent. Its gradient is made of do and that.",
+        ),
+        Wrong(
+            "dW_UV in front of dW_UK",
+            "[dW_UK, dW_UV]",
+            "[dW_UV, dW_UK]",
+            "Of each head's rows, the first d_h are those of the key.",
+        ),
+        Wrong(
+            "all keys first, then all values",
+            "np.concatenate([dW_UK, dW_UV], axis=1).reshape(W_UKV.shape)",
+            "np.concatenate([dW_UK.reshape(-1, d_c), dW_UV.reshape(-1, d_c)])",
+            "The rows of W_UKV lie head by head: the first head's key and its value, "
+            "then the second head's. Join on axis 1.",
+        ),
+        Wrong(
+            "dW_UV from latents that nobody weighted",
+            'np.einsum("bthv,bhtc->hvc", do, o_latent)',
+            'np.einsum("bthv,bsc->hvc", do, c)',
+            "W_UV was multiplied by the weighted sum of the latents, o_latent.",
+        ),
+        Wrong(
+            "W_UK averaged over positions",
+            "dW_UK = np",
+            "dW_UK = 1 / (P.shape[0] * P.shape[2]) * np",
+            "Every query used W_UK, and their gradients add up. A mean is taken once, "
+            "in the loss.",
+            (("dW_UV = np", "dW_UV = 1 / (P.shape[0] * P.shape[2]) * np"),),
+        ),
+    ),
+    right=(
+        "def absorbed_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"
+        "    (B, T, N_h, d_h), d_c = q_C.shape, W_UKV.shape[1]\n"
+        "    W, c = W_UKV.reshape(N_h, -1, d_c), kept[..., :d_c]\n"
+        "    dkept, dW = np.zeros(kept.shape), np.zeros(W.shape)\n"
+        "    dq_C, dq_R = np.empty(q_C.shape), np.empty(q_R.shape)\n"
+        "    for h in range(N_h):\n"
+        "        U, V = W[h, :d_h], W[h, d_h:]\n"
+        "        w, out = P[:, h], do[:, :, h] @ V\n"
+        "        dw = out @ c.swapaxes(1, 2)\n"
+        "        ds = alpha * w * (dw - (w * dw).sum(-1, keepdims=True))\n"
+        "        dq = ds @ kept\n"
+        "        wide = np.dstack([q_C[:, :, h] @ U, q_R[:, :, h]])\n"
+        "        dkept += ds.swapaxes(1, 2) @ wide\n"
+        "        dkept[..., :d_c] += w.swapaxes(1, 2) @ out\n"
+        "        dq_C[:, :, h], dq_R[:, :, h] = dq[..., :d_c] @ U.T, dq[..., d_c:]\n"
+        "        dW[h, :d_h] = np.tensordot(q_C[:, :, h], dq[..., :d_c], "
+        "([0, 1], [0, 1]))\n"
+        "        dW[h, d_h:] = np.tensordot(do[:, :, h], w @ c, ([0, 1], [0, 1]))\n"
+        "    return dq_C, dq_R, dkept, dW.reshape(W_UKV.shape)\n",
+        "def absorbed_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"
+        "    f = np.float32\n"
+        "    n, d_h = q_C.shape[2:]\n"
+        "    c = kept[:, :, :W_UKV.shape[1]].astype(f)\n"
+        "    W = W_UKV.astype(f).reshape(n, -1, c.shape[2])\n"
+        "    do, q_C, q_R = (np.moveaxis(x, 2, 1).astype(f) for x in (do, q_C, q_R))\n"
+        "    q = np.concatenate([q_C @ W[:, :d_h], q_R], axis=3)\n"
+        "    dq, dk, dv = attention_backward(do @ W[:, d_h:], q, kept, c, P, alpha)\n"
+        "    dk = dk + np.pad(dv, ((0, 0), (0, 0), (0, dk.shape[2] - dv.shape[2])))\n"
+        "    dl = dq[..., :c.shape[2]]\n"
+        "    dU = (q_C.swapaxes(2, 3) @ dl).sum(0)\n"
+        "    dV = (do.swapaxes(2, 3) @ (P @ c[:, None])).sum(0)\n"
+        "    back = lambda x: np.moveaxis(x, 1, 2)\n"
+        "    dW = np.hstack([dU, dV]).reshape(len(W_UKV), -1)\n"
+        "    return (back(dl @ W[:, :d_h].swapaxes(1, 2)),\n"
+        "            back(dq[..., c.shape[2]:]), dk, dW)\n",
+    ),
+)
+
+CHECKS = [NAIVE_BACKWARD, ABSORBED_BACKWARD]
