@@ -201,6 +201,24 @@ NAIVE = Check(
             "the reshape.",
         ),
         Wrong(
+            "query and key joined in different orders",
+            "P = causal_weights(",
+            "q = np.concatenate([q_C, q_R], axis=-1)\n"
+            "    shared = np.repeat(k_R[:, :, None], N_h, axis=2)\n"
+            "    k = np.concatenate([shared, k_C], axis=-1)\n"
+            "    content, position = np.einsum('bthd,bshd->bhts', q, k), 0\n"
+            "    P = causal_weights(",
+            "If you join the parts, do so in the same order on both sides: content "
+            "meets content.",
+        ),
+        Wrong(
+            "outputs reshaped instead of transposed",
+            'return np.einsum("bhts,bshv->bthv", P, v), P',
+            'o = np.einsum("bhts,bshv->bhtv", P, v)\n'
+            "    return o.reshape(B, -1, N_h, v.shape[-1]), P",
+            "A reshape does not exchange axes. From (B, N_h, T, d_v), use swapaxes.",
+        ),
+        Wrong(
             "the first head's keys for all",
             'position = np.einsum("bthr,bsr->bhts", q_R, k_R)',
             'position = np.einsum("bthr,bsr->bhts", q_R, k_R)\n'

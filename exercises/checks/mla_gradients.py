@@ -3,7 +3,7 @@
 import numpy as np
 from grader.spec import Case, Check, Wrong
 
-from checks.draws import normal, weights
+from checks.draws import normal
 
 
 def arriving(
@@ -11,7 +11,7 @@ def arriving(
 ) -> Case:
     """Gradients at the heads' outputs; widths are d_h, d_R, d_v, d_c."""
     d_h, d_R, d_v, d_c = widths
-    do, P = normal(B, T, N_h, d_v, seed=seed), weights(B, N_h, T, S, seed=seed + 1)
+    do = normal(B, T, N_h, d_v, seed=seed)
     q_C = normal(B, T, N_h, d_h, seed=seed + 3)
     q_R = normal(B, T, N_h, d_R, seed=seed + 4)
     kept = normal(B, S, d_c + d_R, seed=seed + 5)
@@ -20,29 +20,42 @@ def arriving(
         f"B={B}, {T} queries, {S} kept, {N_h} heads, d_h={d_h}, d_R={d_R}, d_v={d_v}, "
         f"d_c={d_c}"
     )
+    P = forward_weights(q_C, q_R, kept, W_UKV, alpha)
     return Case(label, (do, q_C, q_R, kept, W_UKV, P, alpha))
+
+
+def forward_weights(
+    q_C: np.ndarray, q_R: np.ndarray, kept: np.ndarray, W_UKV: np.ndarray, alpha: float
+) -> np.ndarray:
+    """P of the forward pass, for whoever computes it again: (B, N_h, T, S)."""
+    (T, N_h, d_h), (S, d_c) = q_C.shape[1:], (kept.shape[1], W_UKV.shape[1])
+    W_UK = W_UKV.reshape(N_h, -1, d_c)[:, :d_h]
+    scores = np.einsum("bthd,hdc,bsc->bhts", q_C, W_UK, kept[..., :d_c])
+    scores += np.einsum("bthr,bsr->bhts", q_R, kept[..., d_c:])
+    e = np.exp(alpha * scores) * np.tri(T, S, S - T)
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def by_hand() -> Case:
+    """The tiny one."""
+    do = np.array([[[[1.0], [-1.0]]]])
+    q_C, q_R = np.array([[[[1.0], [2.0]]]]), np.array([[[[1.0, 0.0], [0.5, 1.0]]]])
+    kept = np.array([[[1.0, 1.0, 0.0], [2.0, 0.0, 1.0], [-1.0, 0.5, 0.5]]])
+    W_UKV = np.array([[1.0], [2.0], [-1.0], [3.0]])
+    P = forward_weights(q_C, q_R, kept, W_UKV, 0.5)
+    label = "one query, three tokens kept, two heads of 1 + 2 numbers"
+    return Case(label, (do, q_C, q_R, kept, W_UKV, P, 0.5))
 
 
 def cases_of_both() -> list[Case]:
     """What both backward passes are asked."""
     return [
-        Case(
-            "one query, two tokens kept, two heads of 1 + 2 numbers",
-            (
-                np.array([[[[1.0], [-1.0]]]]),
-                np.array([[[[1.0], [2.0]]]]),
-                np.array([[[[1.0, 0.0], [0.5, 1.0]]]]),
-                np.array([[[1.0, 1.0, 0.0], [2.0, 0.0, 1.0]]]),
-                np.array([[1.0], [2.0], [-1.0], [3.0]]),
-                np.array([[[[0.5, 0.5]], [[0.25, 0.75]]]]),
-                0.5,
-            ),
-        ),
+        by_hand(),
         arriving(B=2, T=3, S=3, N_h=2, widths=(3, 2, 4, 5), alpha=0.6, seed=10),
-        arriving(B=1, T=2, S=5, N_h=3, widths=(2, 4, 1, 3), alpha=-1.5, seed=20),
+        arriving(B=1, T=2, S=5, N_h=3, widths=(2, 4, 1, 3), alpha=-0.8, seed=20),
         arriving(B=2, T=1, S=4, N_h=1, widths=(3, 2, 3, 2), alpha=0.1, seed=30),
         arriving(B=3, T=2, S=3, N_h=3, widths=(4, 4, 4, 4), alpha=0.35, seed=40),
-        arriving(B=1, T=4, S=6, N_h=2, widths=(1, 6, 2, 3), alpha=2.0, seed=50),
+        arriving(B=1, T=4, S=6, N_h=2, widths=(1, 6, 2, 3), alpha=0.7, seed=50),
     ]
 
 
@@ -122,6 +135,13 @@ NAIVE_BACKWARD = Check(
             "alpha * dP",
             "dP is the gradient of the weights. The scores are on the other side of "
             "the softmax.",
+        ),
+        Wrong(
+            "half of the softmax's gradient",
+            "softmax_backward(dP, P)",
+            "P * dP",
+            "The weights of a row sum to one: one grows at the cost of the others. Use "
+            "`softmax_backward`.",
         ),
         Wrong(
             "the arguments of softmax_backward exchanged",
@@ -275,6 +295,12 @@ ABSORBED_BACKWARD = Check(
             "kept, c, P, alpha)",
             "kept, c, P, (d_c + q_R.shape[-1]) ** -0.5)",
             "The scores are the same numbers as in the naive form, and so is alpha.",
+        ),
+        Wrong(
+            "a scale of its own",
+            "kept, c, P, alpha)",
+            "kept, c, P, (d_h + q_R.shape[-1]) ** -0.5)",
+            "alpha is handed in. Under YaRN it is more than 1 / sqrt(d_h + d_R).",
         ),
         Wrong(
             "the scale forgotten",

@@ -109,6 +109,12 @@ LATENTS = Check(
             "eps stands under the root, beside the mean square.",
         ),
         Wrong(
+            "eps forgotten",
+            "keepdims=True) + eps) ** -0.5",
+            "keepdims=True)) ** -0.5",
+            "eps stands beside the mean square. Where a is as small as eps, it shows.",
+        ),
+        Wrong(
             "kept before the rotation",
             "k_R = rope(k[:, :, None], positions)[:, :, 0]",
             "k_R = k",
@@ -278,6 +284,12 @@ DECODE = Check(
             (("[cache[:, :length], new]", "[cache, new]"),),
         ),
         Wrong(
+            "cropped in front",
+            "[cache[:, :length], new]",
+            "[cache[:, cache.shape[1] - length :], new]",
+            "The refused draft lies at the end. What stands is in front of it.",
+        ),
+        Wrong(
             "one too many forgotten",
             "[cache[:, :length], new]",
             "[cache[:, : max(length - 1, 0)], new]",
@@ -339,6 +351,22 @@ DECODE = Check(
             "    o = np.concatenate([absorbed_forward(q_C[:, t : t + 1], "
             "q_R[:, t : t + 1], past, W_UKV, alpha)[0] for t, past in steps], axis=1)",
             "Append first, then attend: a token's own key is among those it hears.",
+        ),
+        Wrong(
+            "the past not heard",
+            "kept, W_UKV, alpha)",
+            "new, W_UKV, alpha)",
+            "Attend to all that is kept: the past that stands, and the new.",
+        ),
+        Wrong(
+            "all new tokens heard by each",
+            "    o, _ = absorbed_forward(q_C, rope(q_R, positions), kept, W_UKV, "
+            "alpha)",
+            "    q_R = rope(q_R, positions)\n"
+            "    o = np.concatenate([absorbed_forward(q_C[:, t : t + 1], "
+            "q_R[:, t : t + 1], kept, W_UKV, alpha)[0] for t in range(x.shape[1])], 1)",
+            "Alone over all that is kept, a query counts as the last. Hand in all T at "
+            "once, or each with what it may hear.",
         ),
         Wrong(
             "new tokens in front of the old",

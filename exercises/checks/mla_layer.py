@@ -128,6 +128,13 @@ LAYER = Check(
             "is what is kept.",
         ),
         Wrong(
+            "the norm's input guessed from its output",
+            '    a = x @ p["W_DKV"][:d_c].T',
+            '    a = kept[..., :d_c] / p["g_KV"]',
+            "Divided by the gain, what is kept still has size one: the norm took its "
+            "size away. Make a again, from x.",
+        ),
+        Wrong(
             "the queries' norm backwards from its output",
             "rmsnorm_backward(dc_Q, a_Q,",
             "rmsnorm_backward(dc_Q, c_Q,",

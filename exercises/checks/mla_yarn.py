@@ -61,6 +61,12 @@ YARN = Check(
             "ln is the natural logarithm, `np.log`.",
         ),
         Wrong(
+            "m as in DeepSeek-V2",
+            "0.1 * np.log(s)",
+            "0.0707 * np.log(s)",
+            "That is DeepSeek-V2's factor. Version 3 has 0.1.",
+        ),
+        Wrong(
             "the scale of the rotated part alone",
             "(d_h + d_R) ** -0.5",
             "d_R ** -0.5",
@@ -111,6 +117,12 @@ YARN = Check(
             "theta * (1 - ramp) + theta / s * ramp",
             "1 / ((1 - ramp) / theta + s / theta * ramp)",
             "Blend the frequencies themselves, not their inverses.",
+        ),
+        Wrong(
+            "blended in the exponent",
+            "theta * (1 - ramp) + theta / s * ramp",
+            "theta / s**ramp",
+            "The blend is a weighted mean of the two frequencies themselves.",
         ),
         Wrong(
             "no blend",
