@@ -20,8 +20,7 @@
 # B counts sequences, T positions that ask, S those that are kept, D the numbers of the
 # stream, $N_h$ the heads. A head's query has $d_h$ numbers of content and $d_R$ that
 # rotate, its value has $d_v$, and a latent has $d_c$; no two of them need be equal. The
-# scale of the scores, $\alpha$, is handed in as `alpha`. Where it comes from, mla.5
-# says.
+# scale of the scores, $\alpha$, is handed in as `alpha`; it is the subject of mla.5.
 
 # %%
 import numpy as np
@@ -115,9 +114,9 @@ def naive_forward(q_C, q_R, kept, W_UKV, alpha):
 # \tilde o_i = P_i\,c, \quad o_i = \tilde o_i\,W_{UV,i}^\top .
 # $$
 #
-# The same `o` and `P`, and no key of any head. That can be tested: one case has float32
-# latents so large that $c\,W_{UK,i}^\top$ and $c\,W_{UV,i}^\top$ overflow, and queries
-# so small, and weights, that yours need not.
+# The same `o` and `P`, and no key or value of any head is ever made. The last case
+# holds you to it: its latents are float32, and so large that $c\,W_{UK,i}^\top$ and
+# $c\,W_{UV,i}^\top$ overflow. With the brackets moved, nothing does.
 
 
 # %%
@@ -178,32 +177,34 @@ def decode(cache, length, x, q, W_DKV, g, W_UKV, alpha):
 
 
 # %% [markdown]
-# ## mla.5 · Forty times as far
+# ## mla.5 · Stretched by forty
 #
-# DeepSeek-V3 was trained on texts of 4,096 tokens and then made to read 163,840, by
-# YaRN. Pairs that turn often within the old length L are left alone, pairs that hardly
-# turn go $s$ times as slowly, and those between are blended. A pair $j$ (not a whole
-# number) makes $n$ turns within L where
+# DeepSeek-V3 was trained on texts of 4,096 tokens and learned to read 128K of them
+# afterwards, by YaRN with $s = 40$. Pairs that turn often within the old length L are
+# left alone, pairs that hardly turn go $s$ times as slowly, and those between are
+# blended. With $\theta_j = b^{-2j/d_R}$, exactly $n$ turns within L would be made by
+# pair number
 #
-# $$ j(n) = \frac{d_R\,\ln\!\big(L / (2\pi n)\big)}{2 \ln b} ; $$
+# $$ j(n) = \frac{d_R\,\ln\!\big(L / (2\pi n)\big)}{2 \ln b} , $$
 #
-# $b$ is the base of $\theta_j = b^{-2j/d_R}$. Of it, take
+# a fraction as a rule. Rounded outwards, and kept within bounds,
 #
 # $$
 # \mathrm{low} = \max(\lfloor j(n_\text{fast}) \rfloor,\ 0), \qquad
 # \mathrm{high} = \min(\lceil j(n_\text{slow}) \rceil,\ d_R - 1) .
 # $$
 #
-# A ramp $\rho_j$ rises in a straight line from 0 at low to 1 at high, and is flat
-# outside. The new frequencies and the scale of the scores are
+# A ramp $\rho_j$ rises in a straight line from 0 at low to 1 at high and is flat
+# outside. (Low is less than high in every case.) The new frequencies and the scale of
+# the scores are
 #
 # $$
 # \theta'_j = (1 - \rho_j)\,\theta_j + \rho_j\,\theta_j / s, \qquad
 # \alpha = \frac{m^2}{\sqrt{d_h + d_R}}, \qquad m = 0.1 \ln s + 1 .
 # $$
 #
-# $m$ belongs to queries and to keys, hence the square. It scales the content too, which
-# does not rotate. Low is less than high in every case.
+# $m$ belongs to queries and to keys, hence the square. And $\alpha$ is one for the
+# whole score: it scales the content too, which does not rotate.
 
 
 # %%
