@@ -319,7 +319,9 @@ def absorbed_backward(do, q_C, q_R, kept, W_UKV, P, alpha):
 # Go on from there: what is kept, the heads' outputs, `y` through $W_O$; then backwards
 # from `dy`. Latent and key must go back through norm and rotation, queries through
 # rotation and norm, and `x` was read twice. `absorb` says in which form to attend, both
-# ways. For the products, write a small helper, as in lm.11.
+# ways. The grader hands in a right `rope` and a right
+# `rmsnorm_backward(dy, x, g, eps)`, which returns `dx, dg`. For the products, write a
+# small helper, as in lm.11.
 
 
 # %%
