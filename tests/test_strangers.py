@@ -23,7 +23,12 @@ STRANGERS = {
 WRONG = [(i, name) for i in STRANGERS for name in STRANGERS[i]["wrong"]]
 RIGHT = [(i, name) for i in STRANGERS for name in STRANGERS[i]["right"]]
 WHOLES = [i for i in STRANGERS if find(i).assembles]
-MEMBERS = [(whole, part) for whole in WHOLES for part in find(whole).assembles]
+MEMBERS = [
+    (whole, part)
+    for whole in WHOLES
+    for part in find(whole).assembles
+    if part in STRANGERS
+]
 PARTS = [(w, p, name) for w, p in MEMBERS for name in STRANGERS[p]["right"]]
 LISTED = [(w, p, n) for w, p in MEMBERS for n in range(len(spec.find(p).right))]
 
