@@ -140,7 +140,11 @@ def whole_desk(tmp_path) -> Desk:
 
 
 # What the experiment at a notebook's end prints, once all has passed.
-EXPERIMENTS = {"01_transformer": "bits per byte", "02_mtp": "tokens per pass"}
+EXPERIMENTS = {
+    "01_transformer": "bits per byte",
+    "02_mtp": "tokens per pass",
+    "04_mla": "bytes a token",
+}
 
 
 @pytest.mark.slow
@@ -166,15 +170,16 @@ def test_a_notebook_runs_from_top_to_bottom(whole_desk, source, is_solved):
 
 FRESH = """\
 = test session starts =
-collected 18 items
+collected 26 items
 
-exercises/01_transformer.ipynb -----------                               [ 61%]
-exercises/02_mtp.ipynb -------                                           [100%]
+exercises/01_transformer.ipynb -----------                               [ 42%]
+exercises/02_mtp.ipynb -------                                           [ 69%]
+exercises/04_mla.ipynb --------                                          [100%]
 
 = progress =
-[------------------------------] 0/18 passed
+[------------------------------] 0/26 passed
 next: lm.1, 01_transformer.ipynb, cell 4    hint: python exercises hint lm.1
-= 18 todo in 0.00s ="""
+= 26 todo in 0.00s ="""
 
 
 def test_a_fresh_checkout_is_all_todo(whole_desk):
@@ -192,10 +197,10 @@ def test_one_chapter_follows_the_other(whole_desk):
     whole_desk.answer("lm.6", "def rmsnorm_backward(dy, x, g, eps):\n    return dy, g")
     whole_desk.answer("mtp.3", solved("mtp.3"), "02_mtp.ipynb")
     _, said = whole_desk.grade()
-    assert said.splitlines()[-1] == "= 1 failed, 10 passed, 7 todo in 0.00s ="
+    assert said.splitlines()[-1] == "= 1 failed, 10 passed, 15 todo in 0.00s ="
     whole_desk.answer("lm.6", solved("lm.6"))
     status, said = whole_desk.grade()
-    assert (status, said.splitlines()[-1]) == (0, "= 12 passed, 6 todo in 0.00s =")
+    assert (status, said.splitlines()[-1]) == (0, "= 12 passed, 14 todo in 0.00s =")
     assert "next: mtp.1, 02_mtp.ipynb, cell 4" in said
 
 
