@@ -88,6 +88,12 @@ BALANCE = Check(
             "A token makes K visits. For an even load, T K / E at each expert, f is 1.",
         ),
         Wrong(
+            "only the best of each token counted",
+            "[..., :K]",
+            "[..., :1]",
+            "A token makes K visits, and all of them count.",
+        ),
+        Wrong(
             "P from affinities that are no shares",
             "shares = s / total",
             "shares = s",
@@ -207,9 +213,9 @@ UPDATE = Check(
     returns=("b", "max_vio"),
     cases=lambda: [
         Case(
-            "three tokens, two of four experts each",
+            "three tokens, two of five experts each",
             (
-                np.array([0.2, 0.0, -0.1, 0.0]),
+                np.array([0.2, 0.0, -0.1, 0.0, 0.3]),
                 np.array([[0, 1], [0, 2], [1, 0]]),
                 0.01,
             ),
@@ -217,7 +223,7 @@ UPDATE = Check(
         Case(
             "one expert has its share exactly",
             (
-                np.array([0.0, 0.1, 0.0]),
+                np.array([0.0, 0.25, -0.5]),
                 np.array([[0, 1], [1, 0], [0, 2]]),
                 0.1,
             ),
@@ -276,9 +282,15 @@ UPDATE = Check(
             "Every expert has its thermostat, not the two at the ends alone.",
         ),
         Wrong(
-            "a step where the share is met",
+            "a step up where the share is met",
             "np.sign(share - counts)",
             "np.where(counts > share, -1, 1)",
+            "Who has exactly the mean stays: the sign of 0 is 0.",
+        ),
+        Wrong(
+            "a step down where the share is met",
+            "np.sign(share - counts)",
+            "np.where(counts < share, 1, -1)",
             "Who has exactly the mean stays: the sign of 0 is 0.",
         ),
         Wrong(
@@ -293,6 +305,13 @@ UPDATE = Check(
             "share = np.median(counts)",
             "The share is the mean over all E. A few full experts pull it up, and then "
             "more than half rise.",
+        ),
+        Wrong(
+            "the share rounded",
+            "share = counts.mean()",
+            "share = round(counts.mean())",
+            "The mean need not be a whole number. Rounded, it may be met by experts "
+            "that are above it or below.",
         ),
         Wrong(
             "one visit a token",

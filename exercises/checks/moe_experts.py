@@ -129,6 +129,13 @@ MIX = Check(
             "where its pair was.",
         ),
         Wrong(
+            "the gates in another order than the answers",
+            '"nk,nkd->nd", gates,',
+            '"nk,nkd->nd", gates.ravel()[np.argsort(order)].reshape(N, K),',
+            "Sorted answers and gates as they came do not belong together. Sort both "
+            "or neither.",
+        ),
+        Wrong(
             "the pairs taken apart the wrong way",
             "pairs // K",
             "pairs % N",
@@ -298,6 +305,22 @@ EXPERTS_BACKWARD = Check(
             "the last.",
         ),
         Wrong(
+            "the message of the last rank alone",
+            "du[t] += da @ W_gate[i] + db @ W_up[i]",
+            "last = (k == gates.shape[1] - 1)[:, None]\n"
+            "        du[t] += last * (da @ W_gate[i] + db @ W_up[i])",
+            "`du[tokens] += ...` adds once where a token occurs K times in the list. "
+            "Add expert by expert, or use `np.add.at`.",
+        ),
+        Wrong(
+            "each expert learns from its last token alone",
+            "dW_down[i] = do.T @ h",
+            "dW_down[i] = do[-1:].T @ h[-1:]",
+            "`dW[experts] += ...` adds once where an expert occurs several times in "
+            "the list. A product over its rows, or `np.add.at`, adds all.",
+            (("= da.T @ x, db.T @ x", "= da[-1:].T @ x[-1:], db[-1:].T @ x[-1:]"),),
+        ),
+        Wrong(
             "the gate's half of the way back to u",
             "da @ W_gate[i] + db @ W_up[i]",
             "da @ W_gate[i]",
@@ -315,6 +338,12 @@ EXPERTS_BACKWARD = Check(
             "dW_down[i] = dy_i.T @ h",
             "The gate stands behind W_down: what arrives there is do, dy times the "
             "gate.",
+        ),
+        Wrong(
+            "W_gate and W_up learn without the gates",
+            "swiglu_backward(do @ W_down[i]",
+            "swiglu_backward(dy_i @ W_down[i]",
+            "What goes back through W_down is do, dy times the gate.",
         ),
         Wrong(
             "W_down learns from half of its input",

@@ -102,6 +102,26 @@ LAYER = Check(
             "hear from it.",
         ),
         Wrong(
+            "the router cut off from the experts",
+            "dgates, ds.reshape(N, E), rows",
+            "0 * dgates, ds.reshape(N, E), rows",
+            "The router learns who answers well through its gates: dgates goes to "
+            "`route_backward`.",
+        ),
+        Wrong(
+            "alpha a second time",
+            "dgates, ds.reshape(N, E), rows",
+            "dgates, alpha * ds.reshape(N, E), rows",
+            "What `balance` returns is weighed with alpha already.",
+        ),
+        Wrong(
+            "the sigmoid's slope a second time",
+            "dgates, ds.reshape(N, E), rows",
+            "dgates, ds.reshape(N, E) * s * (1 - s), rows",
+            "`route_backward` takes ds through the sigmoid, together with what comes "
+            "from the gates.",
+        ),
+        Wrong(
             "the balance of the batch as one text",
             "balance(s.reshape(B, T, E), K, alpha)",
             "balance(s[None], K, alpha)",

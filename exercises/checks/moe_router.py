@@ -1,6 +1,6 @@
 """Chapter 3, the router: affinities, groups, and the way back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from grader.compare import WrongForm
@@ -9,8 +9,8 @@ from grader.spec import Case, Check, Wrong
 from checks.draws import normal, rng
 
 
-def the_best(K: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What moe.2 does with one group; of equal numbers the first wins."""
+def the_best(K: int, closed: Sequence[int] = ()) -> Callable[[np.ndarray], np.ndarray]:
+    """The K best experts that are not closed; of equal numbers the first wins."""
 
     def choose(choice: np.ndarray) -> np.ndarray:
         if np.ndim(choice) != 2:
@@ -18,7 +18,9 @@ def the_best(K: int) -> Callable[[np.ndarray], np.ndarray]:
                 "choose(...) takes all tokens at once, (N, E), "
                 f"not an array of shape {np.shape(choice)}"
             )
-        return np.argsort(-np.asarray(choice), axis=1, kind="stable")[:, :K]
+        choice = np.array(choice)
+        choice[:, list(closed)] = -np.inf
+        return np.argsort(-choice, axis=1, kind="stable")[:, :K]
 
     return choose
 
@@ -39,14 +41,16 @@ def as_indices(function: Callable, *args: object) -> object:
 
 
 def tokens(
-    N: int, D: int, E: int, K: int, lam: float, seed: int, level: float = 0.0
-) -> Case:
+    N: int, D: int, E: int, K: int, lam: float, seed: int, level: float = 0.0,
+    closed: Sequence[int] = (),
+) -> Case:  # fmt: skip
     """Random tokens; ``level`` is added to every z."""
     u, W = normal(N, D, seed=seed), normal(E, D, seed=seed + 1, scale=0.8)
     u[:, 0], W[:, 0] = 1.0, W[:, 0] + level
     b = normal(E, seed=seed + 2, scale=0.3)
     label = f"{N} tokens, D={D}, {K} of {E} experts, lam={lam}"
-    return Case(label, (u, W, b, lam, the_best(K)))
+    label += ", a group closed" * bool(closed)
+    return Case(label, (u, W, b, lam, the_best(K, closed)))
 
 
 ROUTE = Check(
@@ -69,6 +73,7 @@ ROUTE = Check(
         tokens(N=3, D=6, E=4, K=4, lam=1.0, seed=30),
         tokens(N=6, D=2, E=9, K=2, lam=16.0, seed=40, level=-26.0),
         tokens(N=1, D=5, E=6, K=3, lam=2.5, seed=50, level=4.0),
+        tokens(N=5, D=3, E=6, K=2, lam=2.5, seed=60, closed=(2, 3)),
     ],
     hints=(
         "Three lines, three kinds of numbers: the affinities of all, the indices of "
@@ -137,6 +142,12 @@ ROUTE = Check(
             "choose(s + b)",
             "choose(s)",
             "Then the bias does nothing at all. The choice is by s + b.",
+        ),
+        Wrong(
+            "the K best, whatever `choose` says",
+            "experts = choose(s + b)",
+            "experts = np.argsort(-(s + b), axis=1)[:, : choose(s + b).shape[1]]",
+            "`choose` knows which groups are closed. Its experts are the answer.",
         ),
         Wrong(
             "the bias subtracted",
@@ -227,12 +238,12 @@ CHOOSE = Check(
     call=as_indices,
     cases=lambda: [
         Case(
-            "one token, one of two groups of three",
-            (np.array([[0.9, 0.2, 0.1, 0.6, 0.1, 0.7]]), 2, 2, 1),
+            "one token, one of two groups of four",
+            (np.array([[0.9, 0.3, 0.3, 0.3, 0.6, 0.0, 0.7, 0.2]]), 3, 2, 1),
         ),
         Case(
             "negative scores: one open expert is worse than nothing",
-            (np.array([[-0.9, -0.2, -0.7, -0.6, -0.3, -0.1]]), 3, 3, 2),
+            (np.array([[-0.9, -0.2, -0.6, -0.1, -0.7, -0.3]]), 3, 3, 2),
         ),
         scores(N=5, K=3, n_group=4, size=5, topk_group=2, seed=1, shift=0.0),
         scores(N=6, K=4, n_group=8, size=4, topk_group=4, seed=2, shift=-1.0),
@@ -269,6 +280,20 @@ CHOOSE = Check(
             ".sum(axis=-1)",
             "Only the two best of a group count. Those that nobody will choose say "
             "nothing for or against it.",
+        ),
+        Wrong(
+            "a group as good as its K / M best",
+            "[..., -2:]",
+            "[..., -max(K // topk_group, 1) :]",
+            "So the report puts it, and 8 / 4 is 2. The released code adds two "
+            "whatever K and M are, and so do we.",
+        ),
+        Wrong(
+            "closed experts at the lowest number",
+            "-np.inf",
+            "choice.min()",
+            "Then the lowest open one has rivals, and of equals the lower index wins. "
+            "Closed is minus infinity.",
         ),
         Wrong(
             "closed experts at 0",
@@ -489,6 +514,13 @@ ROUTE_BACKWARD = Check(
             "dshares + ds",
             "Between the product and the affinity stands a sigmoid, whose slope is "
             "s (1 - s).",
+        ),
+        Wrong(
+            "half of the sigmoid's slope",
+            "* s * (1 - s)",
+            "* s",
+            "The slope of the sigmoid is s (1 - s): flat at both ends, where s is near "
+            "0 and where it is near 1.",
         ),
         Wrong(
             "a softmax where the sigmoid was",

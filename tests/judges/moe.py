@@ -36,6 +36,15 @@ def best_of(numbers: Sequence[float], K: int) -> list[int]:
     return found
 
 
+def expected(row: Sequence[float], K: int, n_group: int, kept: int) -> list[int]:
+    """The K best experts of the groups whose two best have the largest sums."""
+    size = len(row) // n_group
+    groups = [range(g * size, (g + 1) * size) for g in range(n_group)]
+    scores = [sum(sorted(row[i] for i in group)[-2:]) for group in groups]
+    able = sorted(i for g in best_of(scores, kept) for i in groups[g])
+    return [able[i] for i in best_of([row[i] for i in able], K)]
+
+
 def in_torch(u, W, experts: np.ndarray, lam: float) -> tuple:
     """Gates of given experts, and all affinities."""
     s = torch.sigmoid(F.linear(u, W))
@@ -45,12 +54,13 @@ def in_torch(u, W, experts: np.ndarray, lam: float) -> tuple:
 
 def route(f: Callable, rng: Rng) -> None:
     u, W, b = router(rng)
-    K, lam = int(rng.integers(1, len(W) + 1)), float(rng.uniform(0.5, 16))
-    asked = []
+    n_group = 2 if len(W) in (4, 6) else 1
+    K = int(rng.integers(1, len(W) // n_group + 1))
+    lam, asked = float(rng.uniform(0.5, 16)), []
 
     def choose(choice: np.ndarray) -> np.ndarray:
         asked.append(choice.copy())
-        return np.array([best_of(row, K) for row in choice])
+        return np.array([expected(row, K, n_group, 1) for row in choice.tolist()])
 
     experts, gates, s = f(u, W, b, lam, choose)
     theirs, all_of_them = in_torch(torch.tensor(u), torch.tensor(W), experts, lam)
@@ -60,7 +70,7 @@ def route(f: Callable, rng: Rng) -> None:
     agree(gates.sum(axis=1), np.full(len(u), lam), FORWARD)
     params = {"gate.weight": W, library.BIAS: b}
     shape = SimpleNamespace(
-        n_group=1, topk_group=1, num_experts_per_tok=K, routed_scaling_factor=lam
+        n_group=n_group, topk_group=1, num_experts_per_tok=K, routed_scaling_factor=lam
     )
     in_library, _ = library.route_forward(params, u, shape)
     assert np.array_equal(experts, in_library.experts)
@@ -76,11 +86,7 @@ def choose(f: Callable, rng: Rng) -> None:
         choice = rng.integers(-levels, levels // 2, (9, n_group * size)) / 2.0
         ours = f(choice, K, n_group, kept)
         for row, experts in zip(choice.tolist(), ours, strict=True):
-            groups = [list(range(g * size, (g + 1) * size)) for g in range(n_group)]
-            scores = [sum(sorted(row[i] for i in g)[-2:]) for g in groups]
-            able = sorted(i for g in best_of(scores, kept) for i in groups[g])
-            expected = [able[i] for i in best_of([row[i] for i in able], K)]
-            assert experts.tolist() == expected
+            assert experts.tolist() == expected(row, K, n_group, kept)
         shape = SimpleNamespace(n_group=n_group, topk_group=kept, num_experts_per_tok=K)
         assert np.array_equal(ours, library.choose(choice, shape))
 
