@@ -69,9 +69,9 @@ def route(u, W, b, lam, choose):
 #
 # `choice` holds $s + b$. The E experts form `n_group` groups of neighbours: 0, 1, 2, …
 # are the first. A group is as good as the *sum of its two best* numbers. The best
-# `topk_group` groups stay open, and of the experts in them the K best are chosen. There
-# are always two experts in a group and K in the open ones, and a number may be
-# negative.
+# `topk_group` groups stay open, and of the experts in them the K best are chosen. A
+# group has at least two experts, the open ones together at least K, and any of the
+# numbers may be negative.
 #
 # Return the best first. Of equal groups the lower one is better, of equal experts too,
 # so that every machine chooses alike.
