@@ -67,11 +67,11 @@ def route(u, W, b, lam, choose):
 # that visits eight experts on eight machines is sent eight times; so only the experts
 # of its best four groups may be chosen.
 #
-# `choice` holds $s + b$. The E experts form `n_group` groups of neighbours: 0, 1, 2, …
-# are the first. A group is as good as the *sum of its two best* numbers. The best
-# `topk_group` groups stay open, and of the experts in them the K best are chosen. A
-# group has at least two experts, the open ones together at least K, and any of the
-# numbers may be negative.
+# `choice` holds $s + b$. The E experts form `n_group` groups of neighbours, all of one
+# size; the first begins with expert 0. A group is as good as the *sum of its two best*
+# numbers. The best `topk_group` groups stay open, and of the experts in them the K best
+# are chosen. A group has at least two experts, the open ones together at least K, and
+# any of the numbers may be negative.
 #
 # Return the best first. Of equal groups the lower one is better, of equal experts too,
 # so that every machine chooses alike.
