@@ -2,10 +2,10 @@
 
 Those to chapter 1 were written from the text of the notebook alone, by somebody who had
 not seen the checks; those to chapter 3 by whoever had written them. All were to deceive
-the judge, or go wrong in the ways that learners do. In ``strangers/`` each has a name; a wrong one is
-never accepted, and with ``named`` it is told that misconception. The right ones look
-unlike the references, and all are accepted, on their own and as parts of the exercise
-that assembles them.
+the judge, or go wrong in the ways that learners do. In ``strangers/`` each has a name;
+a wrong one is never accepted, and with ``named`` it is told that misconception. The
+right ones look unlike the references, and all are accepted, on their own and as parts
+of the exercise that assembles them.
 """
 
 import tomllib
