@@ -28,6 +28,7 @@ from minidsv3 import corpus, parameters
 from minidsv3.config import PLAIN, Config, TrainConfig, Yarn
 from minidsv3.mla import numpy_ref as mla
 from minidsv3.model import numpy_ref as model
+from minidsv3.model.block_numpy_ref import saved_attention
 from minidsv3.training import numpy_ref as training
 
 MHA = replace(PLAIN, hidden_size=128, num_hidden_layers=2, num_attention_heads=8,
@@ -119,9 +120,8 @@ def keys_and_values(params: Params, config: Config, ids: np.ndarray) -> list:
     """What plain attention would keep, before the rotation: (B*T, 2*N_kv*d) a layer."""
     _, saved = model.forward(params, config, ids)
     kept_by_layer = []
-    for layer in range(config.num_hidden_layers):
-        _, (_, attention), *_ = saved[0][1][layer]
-        (u, W_k), (_, W_v) = attention[1:3]  # what the two projections saved
+    for block in model.saved_blocks(saved):
+        (u, W_k), (_, W_v) = saved_attention(block)[1:3]  # of the two projections
         kv = np.concatenate([u @ W_k.T, u @ W_v.T], axis=-1)  # (B, T, 2*N_kv*d)
         kept_by_layer.append(kv.reshape(-1, kv.shape[-1]))
     return kept_by_layer

@@ -140,7 +140,12 @@ def whole_desk(tmp_path) -> Desk:
 
 
 # What the experiment at a notebook's end prints, once all has passed.
-EXPERIMENTS = {"01_transformer": "bits per byte", "02_mtp": "tokens per pass"}
+EXPERIMENTS = {
+    "01_transformer": "bits per byte",
+    "02_mtp": "tokens per pass",
+    "03_moe": "gamma = 0.001",
+    "04_mla": "bytes a token",
+}
 
 
 @pytest.mark.slow
@@ -166,15 +171,17 @@ def test_a_notebook_runs_from_top_to_bottom(whole_desk, source, is_solved):
 
 FRESH = """\
 = test session starts =
-collected 18 items
+collected 34 items
 
-exercises/01_transformer.ipynb -----------                               [ 61%]
-exercises/02_mtp.ipynb -------                                           [100%]
+exercises/01_transformer.ipynb -----------                               [ 32%]
+exercises/02_mtp.ipynb -------                                           [ 52%]
+exercises/03_moe.ipynb --------                                          [ 76%]
+exercises/04_mla.ipynb --------                                          [100%]
 
 = progress =
-[------------------------------] 0/18 passed
+[------------------------------] 0/34 passed
 next: lm.1, 01_transformer.ipynb, cell 4    hint: python exercises hint lm.1
-= 18 todo in 0.00s ="""
+= 34 todo in 0.00s ="""
 
 
 def test_a_fresh_checkout_is_all_todo(whole_desk):
@@ -185,16 +192,17 @@ def test_a_fresh_checkout_is_all_todo(whole_desk):
     assert "\033[31m" not in whole_desk.grade("--color=yes")[1]
 
 
-def test_one_chapter_follows_the_other(whole_desk):
+def test_one_chapter_follows_the_other(tmp_path):
     """What mtp.3 needs is chapter 1's reference, whatever the learner has there."""
+    desk = Desk(tmp_path, ALL[:2])
     for id_ in LM:
-        whole_desk.answer(id_, solved(id_))
-    whole_desk.answer("lm.6", "def rmsnorm_backward(dy, x, g, eps):\n    return dy, g")
-    whole_desk.answer("mtp.3", solved("mtp.3"), "02_mtp.ipynb")
-    _, said = whole_desk.grade()
+        desk.answer(id_, solved(id_))
+    desk.answer("lm.6", "def rmsnorm_backward(dy, x, g, eps):\n    return dy, g")
+    desk.answer("mtp.3", solved("mtp.3"), "02_mtp.ipynb")
+    _, said = desk.grade()
     assert said.splitlines()[-1] == "= 1 failed, 10 passed, 7 todo in 0.00s ="
-    whole_desk.answer("lm.6", solved("lm.6"))
-    status, said = whole_desk.grade()
+    desk.answer("lm.6", solved("lm.6"))
+    status, said = desk.grade()
     assert (status, said.splitlines()[-1]) == (0, "= 12 passed, 6 todo in 0.00s =")
     assert "next: mtp.1, 02_mtp.ipynb, cell 4" in said
 

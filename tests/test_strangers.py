@@ -1,9 +1,11 @@
-"""Answers of somebody who had not seen the checks: three in four of them wrong.
+"""Answers beside those in the checks: three in four of them wrong.
 
-They were written from the text of the notebook alone, to deceive the judge or in the
-ways that learners go wrong. In ``strangers/`` each has a name; a wrong one is never
-accepted, and with ``named`` it is told that misconception. The right ones look unlike
-the references, and all are accepted, on their own and as parts of lm.11.
+Those to chapter 1 were written from the text of the notebook alone, by somebody who had
+not seen the checks; those to chapters 3 and 4 by whoever had written them. All were to
+deceive the judge, or go wrong in the ways that learners do. In ``strangers/`` each has
+a name; a wrong one is never accepted, and with ``named`` it is told that misconception.
+The right ones look unlike the references, and all are accepted, on their own and as
+parts of the exercise that assembles them.
 """
 
 import tomllib
@@ -22,10 +24,16 @@ STRANGERS = {
 }
 WRONG = [(i, name) for i in STRANGERS for name in STRANGERS[i]["wrong"]]
 RIGHT = [(i, name) for i in STRANGERS for name in STRANGERS[i]["right"]]
-PARTS = [(i, name) for i, name in RIGHT if i in find("lm.11").assembles]
+WHOLE = [i for i in STRANGERS if find(i).assembles]  # made of answers to others
+PARTS = [
+    (whole, part, name)
+    for whole in WHOLE for part, name in RIGHT if part in find(whole).assembles
+]  # fmt: skip
 LISTED = [
-    (i, n) for i in find("lm.11").assembles for n in range(len(spec.find(i).right))
-]
+    (whole, part, number)
+    for whole in WHOLE for part in find(whole).assembles
+    for number in range(len(spec.find(part).right))
+]  # fmt: skip
 
 
 def answer(id_: str, kind: str, name: str) -> str:
@@ -39,9 +47,8 @@ def answer(id_: str, kind: str, name: str) -> str:
 
 
 def patched(id_: str, pairs: list[list[str]]) -> str:
-    """The one right answer to an exercise, with a few strings replaced."""
-    (right,) = STRANGERS[id_]["right"].values()
-    text = right["text"]
+    """The first right answer to an exercise, with a few strings replaced."""
+    text = next(iter(STRANGERS[id_]["right"].values()))["text"]
     for old, new in pairs:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -55,8 +62,13 @@ def verdict(id_: str, text: str, **own: str) -> Verdict:
 
 
 def test_there_are_enough_of_them_and_every_exercise_has_some():
-    assert set(STRANGERS) == {i for i in exercises() if i.startswith("lm.")}
-    assert len(WRONG) >= 60 and len(RIGHT) >= 15
+    chapters = {i.partition(".")[0] for i in STRANGERS}
+    assert set(STRANGERS) == {i for i in exercises() if i.partition(".")[0] in chapters}
+    for chapter in chapters:
+        wrong, right = (
+            sum(i.startswith(f"{chapter}.") for i, _ in kind) for kind in (WRONG, RIGHT)
+        )
+        assert wrong >= 60 and right >= 15, chapter
 
 
 def test_every_name_is_that_of_a_misconception():
@@ -82,23 +94,24 @@ def test_a_right_answer_is_accepted(id_, name):
     assert said.state == PASSED, said.text()
 
 
-@pytest.mark.parametrize(("part", "name"), PARTS)
-def test_a_right_answer_is_a_part_of_the_model(part, name):
+@pytest.mark.parametrize(("whole", "part", "name"), PARTS)
+def test_a_right_answer_is_a_part_of_the_whole(whole, part, name):
     own = {part: answer(part, "right", name)}
-    said = verdict("lm.11", find("lm.11").reference, **own)
+    said = verdict(whole, find(whole).reference, **own)
     assert said.state == PASSED, said.text()
 
 
-@pytest.mark.parametrize(("part", "number"), LISTED)
-def test_what_the_checks_call_right_is_a_part_of_the_model(part, number):
+@pytest.mark.parametrize(("whole", "part", "number"), LISTED)
+def test_what_the_checks_call_right_is_a_part_of_the_whole(whole, part, number):
     own = {part: f"# exercise: {part}\n{spec.find(part).right[number]}"}
-    said = verdict("lm.11", find("lm.11").reference, **own)
+    said = verdict(whole, find(whole).reference, **own)
     assert said.state == PASSED, said.text()
 
 
+@pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize("end", [0, -1])
-def test_unusual_parts_agree_with_each_other(end):
-    own = {i: list(STRANGERS[i]["right"])[end] for i in find("lm.11").assembles}
+def test_unusual_parts_agree_with_each_other(whole, end):
+    own = {i: list(STRANGERS[i]["right"])[end] for i in find(whole).assembles}
     texts = {i: answer(i, "right", name) for i, name in own.items()}
-    said = verdict("lm.11", find("lm.11").reference, **texts)
+    said = verdict(whole, find(whole).reference, **texts)
     assert said.state == PASSED, said.text()

@@ -113,6 +113,11 @@ def feed_backward(dy: Array, saved: tuple, dbalance: float) -> tuple[Array, Para
     return moe_backward(dy, saved_moe, dbalance)
 
 
+def saved_attention(saved: tuple) -> tuple:
+    """What attention saved, of whichever kind, inside what `block_forward` saved."""
+    return saved[1][1]
+
+
 def saved_experts(saved: tuple) -> tuple | None:
     """What `moe_forward` saved, inside what `block_forward` saved; None if dense."""
     return saved[3][0]

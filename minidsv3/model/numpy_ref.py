@@ -129,9 +129,14 @@ def hidden_states(saved: tuple) -> Array:
     return saved[1][0]
 
 
+def saved_blocks(saved: tuple) -> list[tuple]:
+    """What each block of the trunk saved, inside what `forward` saved."""
+    return saved[0][1]
+
+
 def routings(saved: tuple) -> list[moe.Routing]:
     """Where each layer of experts sent its tokens, inside what `forward` saved."""
-    layers = map(saved_experts, saved[0][1])
+    layers = map(saved_experts, saved_blocks(saved))
     return [moe.routing(layer) for layer in layers if layer is not None]
 
 
@@ -156,7 +161,7 @@ def loss_and_grads(
     logits, saved = forward(params, config, ids[:, :-1])
     loss, saved_loss = cross_entropy_forward(logits, ids[:, 1:])
     dlogits = cross_entropy_backward(1.0, saved_loss)
-    blocks = list(saved[0][1])  # what each block of the trunk saved
+    blocks = list(saved_blocks(saved))
     values, dh, grads_mtp = [loss], 0.0, {}
     total = loss
     if D:

@@ -143,12 +143,28 @@ def touch_once(given: Layer) -> float:
     return max(W.max() for W in experts) + len(grads)
 
 
-def test_the_cost_of_a_token_among_more_experts() -> None:
-    """What grows beyond that reading and writing: the router, and smaller segments."""
-    numbers = (64, 128, 256, 512, 1024)
-    times = [costs(dataclasses.replace(LAYER, n_routed_experts=E)) for E in numbers]
+def products(config: Config) -> int:
+    """Multiplications of a token forward, all of which are done twice more backward."""
+    router, active = config.n_routed_experts, config.num_experts_per_tok
+    experts = (active + config.n_shared_experts) * config.moe_intermediate_size
+    return config.hidden_size * (router + 3 * experts)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_the_cost_of_a_token_among_more_experts(width: int) -> None:
+    """What grows beyond that reading and writing: the router, and smaller segments.
+
+    Among narrow experts the router's own products grow most: its row count is E.
+    """
+    numbers = (64, 256, 1024)
+    layer_of_width = dataclasses.replace(LAYER, moe_intermediate_size=width)
+    configs = [dataclasses.replace(layer_of_width, n_routed_experts=E) for E in numbers]
+    times = [costs(config) for config in configs]
+    growth = [products(config) / products(configs[0]) for config in configs]
     layers, routers, once, peers = 1e6 / TOKENS * np.array(times).T  # µs a token
-    print("\nµs a token: layer, router, reading and writing each expert once; what is")
+    print(f"\nexperts of width {width}: multiplications grow "
+          + ", ".join(f"{g:4.2f} ×" for g in growth))  # fmt: skip
+    print("µs a token: layer, router, reading and writing each expert once; what is")
     print("left without that; and without the router; torch's layer without that")
     beyond, beside = layers - once, peers - once
     without = beyond - routers
