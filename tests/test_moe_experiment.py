@@ -47,17 +47,23 @@ def test_an_end_is_the_end_of_its_way() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["neither", "bias"])
-def test_the_beginning_of_a_row_again(arm: str) -> None:
-    """250 steps of 1,500; loads may differ where another BLAS rounds otherwise."""
-    kept = next(r for r in experiment.read("moe_curves") if r["arm"] == arm)
-    assert kept["seed"] == 0 and kept["step"] == experiment.EVERY
-    *_, (_, params) = experiment.train(experiment.ARMS[arm], 0, experiment.EVERY)
-    bits, loads = experiment.look(params, experiment.EXPERTS)
-    assert bits == pytest.approx(kept["bits"], abs=0.02)
-    assert experiment.balance(loads)["max_vio"] == pytest.approx(
-        kept["max_vio"], rel=0.15
-    )
+def test_the_beginning_of_two_rows_again() -> None:
+    """250 steps of 1,500, which the bias rule must tell from training without it.
+
+    A router magnifies rounding: two runs that differ in the order of one addition were
+    0.04 bits apart here, and a third in MaxVio. So this is as close as another machine,
+    or a library that rounds otherwise, can be asked to come.
+    """
+    now = {}
+    for arm in ("neither", "bias"):
+        kept = next(r for r in experiment.read("moe_curves") if r["arm"] == arm)
+        assert kept["seed"] == 0 and kept["step"] == experiment.EVERY
+        *_, (_, params) = experiment.train(experiment.ARMS[arm], 0, experiment.EVERY)
+        bits, loads = experiment.look(params, experiment.EXPERTS)
+        now[arm] = experiment.balance(loads)["max_vio"]
+        assert bits == pytest.approx(kept["bits"], abs=0.1)
+        assert 1 / 1.5 < now[arm] / kept["max_vio"] < 1.5
+    assert now["neither"] > 1.3 * now["bias"]
 
 
 def test_the_sizes_of_the_models() -> None:
