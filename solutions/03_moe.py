@@ -40,8 +40,8 @@ from grader import check, check_all, hint
 #
 # `choose` is handed to you. It takes one number for each token and expert, (N, E), and
 # returns the K experts of each token, (N, K), the best first. They are not always the K
-# best of all; what else it looks at is moe.2. No affinity is so small that a sum of
-# them would be 0.
+# best of all; what else it looks at is moe.2. Affinities may be tiny, but no sum of
+# them is 0.
 
 
 # %%
@@ -99,9 +99,9 @@ def choose(choice, K, n_group, topk_group):
 # $$ y_t = \sum_{k=1}^{K} g_{t,k}\, \mathrm{FFN}_{i(t,k)}(u_t) $$
 #
 # where `experts[t, k]` is $i(t, k)$ and `gates[t, k]` is $g_{t,k}$. Read token by
-# token, this calls an expert N · K times with one row, and reads its weights from
-# memory each time. Turn it round: collect the tokens of an expert, ask it *once*, and
-# put its answers back where they belong. There are N · K pairs of a token and an
+# token, these are N · K calls with one row each, and every call reads an expert's
+# weights from memory. Turn it round: collect the tokens of an expert, ask it *once*,
+# and put its answers back where they belong. There are N · K pairs of a token and an
 # expert; sorted by expert, each expert's pairs stand side by side.
 #
 # `ffn(i, x)` is expert $i$: rows x (n, D) go in, n answers (n, D) come out. Ask for no
@@ -300,7 +300,7 @@ def update_bias(b, experts, gamma):
 # The parameters are `W`, `b`, the stacked `W_gate`, `W_up`, `W_down`, and the shared
 # expert's `S_gate`, `S_up` (J, D), `S_down` (D, J), with a width J of its own. Return
 # $y$, the gradient of `u`, and a dictionary with the gradient of each parameter that
-# has one.
+# has one, under its name.
 #
 # One thing saves half of the work: the shared expert's way back needs no new line of
 # mathematics. It is an expert, alone in its stack, that everybody chose with a gate

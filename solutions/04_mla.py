@@ -116,7 +116,8 @@ def naive_forward(q_C, q_R, kept, W_UKV, alpha):
 #
 # The same `o` and `P`, and no key or value of any head is ever made. The last case
 # holds you to it: its latents are float32, and so large that $c\,W_{UK,i}^\top$ and
-# $c\,W_{UV,i}^\top$ overflow. With the brackets moved, nothing does.
+# $c\,W_{UV,i}^\top$ overflow. With the brackets moved, nothing does. (In float64
+# nothing does either way, but then the keys of the whole text are there again.)
 
 
 # %%
@@ -211,13 +212,13 @@ def decode(cache, length, x, q, W_DKV, g, W_UKV, alpha):
 # exercise: mla.5
 def yarn(d_h, d_R, s, L, b=10000.0, n_fast=32, n_slow=1):
     """Frequencies (d_R/2,) and the scale alpha, for a context s times as long as L."""
-
     ### BEGIN SOLUTION
+    j = np.arange(d_R // 2)
+    theta = b ** (-2 * j / d_R)  # (d_R/2,)
+
     def pair(n):
         return d_R * np.log(L / (2 * np.pi * n)) / (2 * np.log(b))
 
-    j = np.arange(d_R // 2)
-    theta = b ** (-2 * j / d_R)  # (d_R/2,)
     low = max(np.floor(pair(n_fast)), 0)
     high = min(np.ceil(pair(n_slow)), d_R - 1)
     ramp = np.clip((j - low) / (high - low), 0, 1)  # (d_R/2,)
@@ -317,11 +318,11 @@ def absorbed_backward(do, q_C, q_R, kept, W_UKV, P, alpha):
 # $$
 #
 # Go on from there: what is kept, the heads' outputs, `y` through $W_O$; then backwards
-# from `dy`. Latent and key must go back through norm and rotation, queries through
-# rotation and norm, and `x` was read twice. `absorb` says in which form to attend, both
-# ways. The grader hands in a right `rope` and a right
-# `rmsnorm_backward(dy, x, g, eps)`, which returns `dx, dg`. For the products, write a
-# small helper, as in lm.11.
+# from `dy`. The layer returns its own answer: the stream is added elsewhere. Latent and
+# key must go back through norm and rotation, queries through rotation and norm, and `x`
+# was read twice. `absorb` says in which form to attend, both ways. The grader hands in
+# a right `rope` and a right `rmsnorm_backward(dy, x, g, eps)`, which returns `dx, dg`.
+# For the products, write a small helper, as in lm.11.
 
 
 # %%

@@ -210,6 +210,23 @@ def test_only_the_failing_case_shows_its_prints():
     assert said.printed == "shape (1, 4)\n"
 
 
+def test_a_named_mistake_still_says_which_of_several_results_is_shown():
+    said = judge(
+        "def route(u, W, b, lam, choose):\n"
+        "    s = 1 / (1 + np.exp(-u @ W.T))\n"
+        "    experts = choose(s + b)\n"
+        "    chosen = np.take_along_axis(s + b, experts, axis=1)\n"
+        "    gates = lam * chosen / chosen.sum(axis=1, keepdims=True)\n"
+        "    return experts, gates, s",
+        "moe.1",
+    )
+    assert said.headline == "Looks like: gates from the biased scores"
+    assert "\n  gates: 2 of 2 numbers differ\n  yours  " in said.detail
+    only = judge("def softmax(x):\n    e = np.exp(x)\n    return e / e.sum()")
+    assert "looks like: one maximum and one sum" in only.headline
+    assert "differ" not in only.detail
+
+
 def test_a_limit_on_memory_leaves_the_next_answer_alone():
     assert judge("def softmax(x):\n    return np.zeros(10**11)").state == FAILED
     assert judge(solved("lm.1")).state == PASSED

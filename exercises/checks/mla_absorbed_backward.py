@@ -129,6 +129,14 @@ ABSORBED_BACKWARD = Check(
             "in the loss.",
             (("dW_UV = np", "dW_UV = 1 / (P.shape[0] * P.shape[2]) * np"),),
         ),
+        Wrong(
+            "dq reshaped instead of transposed",
+            "dq.swapaxes(1, 2)",
+            "dq.reshape(*q_C.shape[:3], -1)",
+            "The core has its heads in front of the positions, dq_C and dq_R "
+            "behind them: exchange the two axes. A reshape leaves the numbers "
+            "where they are.",
+        ),
     ),
     right=(
         "def absorbed_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"

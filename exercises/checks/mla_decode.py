@@ -183,6 +183,15 @@ DECODE = Check(
             "return o, new",
             "The next step needs all of it: the past that stands, and the new.",
         ),
+        Wrong(
+            "the past alone rotated again",
+            "    o, _ =",
+            "    again = rope(kept[:, :length, None, -d_R:], np.arange(length))\n"
+            "    kept[:, :length, -d_R:] = again[:, :, 0]\n"
+            "    o, _ =",
+            "The keys of the past were turned before they were kept. A second "
+            "time is twice as far.",
+        ),
     ),
     right=(
         "def decode(cache, length, x, q, W_DKV, g, W_UKV, alpha):\n"

@@ -178,6 +178,12 @@ LATENTS = Check(
             "k, a = np.split(x @ W_DKV.T, [len(W_DKV) - len(g)], axis=-1)",
             "The first d_c rows of W_DKV make the latent, the last d_R the key.",
         ),
+        Wrong(
+            "eps by heart",
+            "+ eps) ** -0.5",
+            "+ 1e-6) ** -0.5",
+            "eps is an argument, and 1e-6 only its default.",
+        ),
     ),
     right=(
         "def latents(x, W_DKV, g, positions, eps=1e-6):\n"

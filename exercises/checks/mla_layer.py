@@ -1,6 +1,7 @@
 """Chapter 4, all of it together: the layer and its gradient, in both forms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from grader.compare import ByName, WrongForm
@@ -39,9 +40,35 @@ def block(
     return Case(label, (params, x, dy, np.array(at), N_h, alpha, *rest))
 
 
+@contextmanager
+def other_form_refused(function: Callable, absorb: bool) -> Iterator[None]:
+    """While this holds, calls of the other form raise WrongForm: its numbers are the
+    same, so nothing else would show it.
+    """
+    space = getattr(function, "__globals__", {})
+    form = "naive" if absorb else "absorbed"
+    taken = {name: space.get(name) for name in (f"{form}_forward", f"{form}_backward")}
+
+    def refused(name: str) -> Callable:
+        def call(*args: object, **kwargs: object) -> None:
+            raise WrongForm(
+                f"`{name}` was called though absorb is {absorb}. Call `attend` and "
+                "`attend_backward`."
+            )
+
+        return call
+
+    space.update({name: refused(name) for name in taken})
+    try:
+        yield
+    finally:
+        space.update(taken)
+
+
 def all_by_name(function: Callable, *given: object) -> object:
     """Output, dx and gradients in one dictionary: each is compared by its name."""
-    value = function(*given)
+    with other_form_refused(function, absorb=bool(given[6:7] and given[6])):
+        value = function(*given)
     if value is ... or value is None:
         return value
     if not (isinstance(value, tuple) and len(value) == 3 and type(value[2]) is dict):
@@ -197,6 +224,20 @@ LAYER = Check(
             "    do = do.reshape(B, T, -1, N_h).swapaxes(2, 3)",
             "The heads' outputs lie head by head, as they were joined: undo it with "
             "(B, T, N_h, -1).",
+        ),
+        Wrong(
+            "the stream added",
+            "return y, dx, grads",
+            "return x + y, dx, grads",
+            "The block adds the stream, and what it adds was not normalised. The "
+            "layer returns its own answer.",
+        ),
+        Wrong(
+            "the stream added, there and back",
+            "return y, dx, grads",
+            "return x + y, dx + dy, grads",
+            "The block adds the stream, and what it adds was not normalised. The "
+            "layer returns its own answer.",
         ),
     ),
     right=(

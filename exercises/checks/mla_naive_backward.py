@@ -198,6 +198,14 @@ NAIVE_BACKWARD = Check(
             '        "bhts,bthv->bshv", alpha * softmax_backward(dP, P), do)',
             "o is P v: the values' gradient is made of the weights themselves, P.",
         ),
+        Wrong(
+            "the scale on the queries' side alone",
+            '"bhts,bthd->bshd", dS,',
+            '"bhts,bthd->bshd", dS / alpha,',
+            "alpha multiplied the product of query and key: the gradients of both "
+            "have it.",
+            (('"bhts,bthr->bsr", dS,', '"bhts,bthr->bsr", dS / alpha,'),),
+        ),
     ),
     right=(
         "def naive_backward(do, q_C, q_R, kept, W_UKV, P, alpha):\n"

@@ -220,6 +220,26 @@ YARN = Check(
             "-j / d_R",
             "theta_j is b^(-2j/d_R), with j from 0 to d_R/2 - 1.",
         ),
+        Wrong(
+            "the bounds rounded to the nearest",
+            "np.floor(pair(n_fast))",
+            "np.round(pair(n_fast))",
+            "Outwards: low is rounded down and high up.",
+            (("np.ceil(pair(n_slow))", "np.round(pair(n_slow))"),),
+        ),
+        Wrong(
+            "32 turns and 1 by heart",
+            "pair(n_fast)",
+            "pair(32)",
+            "n_fast and n_slow are arguments, and 32 and 1 only their defaults.",
+            (("pair(n_slow)", "pair(1)"),),
+        ),
+        Wrong(
+            "10000 in the frequencies, whatever the base",
+            "theta = b **",
+            "theta = 10000.0 **",
+            "b is an argument, and 10000 only its default. It is in theta too.",
+        ),
     ),
     right=(
         "def yarn(d_h, d_R, s, L, b=10000.0, n_fast=32, n_slow=1):\n"

@@ -166,6 +166,15 @@ BALANCE = Check(
             "(f - mean) / total * s * (1 - s)",
             "Asked for is the gradient of s. The sigmoid comes behind it, in moe.4.",
         ),
+        Wrong(
+            "shares of the K best",
+            "    shares = s / total",
+            "    total = np.sum(s * visits, axis=-1, keepdims=True)\n"
+            "    shares = s * visits / total",
+            "So the gates are shared out. P is an expert's part in the sum of all "
+            "E affinities, and those that were not chosen have one.",
+            (("(f - mean) / total", "visits * (f - mean) / total"),),
+        ),
     ),
     right=(
         "def balance(s, K, alpha):\n"

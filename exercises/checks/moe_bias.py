@@ -175,6 +175,20 @@ UPDATE = Check(
             "counts.max() - share",
             "It is relative to the share, so that batches of all sizes compare.",
         ),
+        Wrong(
+            "the last ones not counted",
+            ", minlength=len(b)",
+            "",
+            "`np.bincount` ends with the highest index that occurs. With "
+            "`minlength` it counts the idle experts behind it too.",
+        ),
+        Wrong(
+            "the share rounded down",
+            "counts.mean()",
+            "counts.sum() // len(b)",
+            "N K / E need not be a whole number. Rounded down, it leaves an expert "
+            "alone that is just below the mean.",
+        ),
     ),
     right=(
         "def update_bias(b, experts, gamma):\n"

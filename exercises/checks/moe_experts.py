@@ -156,6 +156,19 @@ EXPERTS_BACKWARD = Check(
             "That gates are shares is the router's affair. A gate hears the product "
             "of dy and its answer.",
         ),
+        Wrong(
+            "first choices alone",
+            "np.nonzero(experts == i)",
+            "np.nonzero(experts[:, :1] == i)",
+            "An expert that is second or eighth has the token as well, and learns "
+            "from it.",
+        ),
+        Wrong(
+            "the gate a second time",
+            "swiglu_backward(do @",
+            "swiglu_backward(gates[t, k][:, None] * do @",
+            "The gate is in do already, once for all that stands in front of it.",
+        ),
     ),
     right=(
         "def experts_backward(dy, u, experts, gates, W_gate, W_up, W_down):\n"

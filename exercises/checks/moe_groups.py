@@ -197,6 +197,21 @@ CHOOSE = Check(
             "Where closed groups are cut out, what is left has other numbers. Return "
             "indices among all E.",
         ),
+        Wrong(
+            "of equals that of the better group",
+            "    choice = np.where(is_open[:, :, None], grouped, "
+            "-np.inf).reshape(N, E)\n"
+            '    return np.argsort(-choice, axis=1, kind="stable")[:, :K]',
+            "    opened = np.take_along_axis(grouped, best[:, :, None], "
+            "axis=1).reshape(N, -1)\n"
+            '    order = np.argsort(-opened, axis=1, kind="stable")[:, :K]\n'
+            "    size = E // n_group\n"
+            "    return np.take_along_axis(best, order // size, axis=1) * size + "
+            "order % size",
+            "You rank the open experts with those of the best group in front, so "
+            "of equals its expert comes first. It should be the lower index, in "
+            "whatever group.",
+        ),
     ),
     right=(
         "def choose(choice, K, n_group, topk_group):\n"

@@ -49,7 +49,8 @@ LAYER = Check(
         layer(1, 3, 2, 3, 2, 2, 2, 1, 2, 2.5, 0.1, seed=1),
         layer(2, 4, 3, 2, 5, 4, 2, 2, 3, 2.5, 0.5, seed=2),
         layer(3, 1, 4, 5, 1, 1, 5, 1, 2, 1.0, 2.0, seed=3),
-        layer(2, 3, 5, 2, 3, 3, 3, 2, 1, 1.5, 1e-4, seed=4),
+        # One expert a token: its gate is lam, and W hears from the balance alone.
+        layer(2, 3, 5, 2, 3, 3, 3, 2, 1, 1.5, 0.3, seed=4),
         layer(1, 2, 3, 4, 4, 5, 4, 3, 4, 16.0, 0.0, seed=5),
     ],
     hints=(
@@ -166,6 +167,18 @@ LAYER = Check(
             "= experts_backward(dy_rows, rows, experts, gates, *stacks)",
             "= experts_backward(dy_rows, rows, experts, np.ones_like(gates), *stacks)",
             "Each routed expert hears dy weighed with its gate.",
+        ),
+        Wrong(
+            "the bias left out",
+            'p["b"]',
+            '0 * p["b"]',
+            "Who is chosen is decided by s + b: hand `route` the bias.",
+        ),
+        Wrong(
+            "n_group and topk_group exchanged",
+            "n_group, topk_group)\n",
+            "topk_group, n_group)\n",
+            "`choose` takes n_group first, then topk_group.",
         ),
     ),
     right=(

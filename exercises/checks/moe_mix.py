@@ -218,6 +218,14 @@ MIX = Check(
             "The answer is right at E / K times the price. An expert gets the rows "
             "of those that chose it.",
         ),
+        Wrong(
+            "every expert asked about every token, idle ones too",
+            "        if len(pairs):\n"
+            "            answers[pairs] = ffn(i, u[pairs // K])\n",
+            "        answers[pairs] = ffn(i, u)[pairs // K]\n",
+            "The answer is right at E / K times the price. An expert gets the "
+            "rows of those that chose it, and without any it is left alone.",
+        ),
     ),
     right=(
         "def mix(u, experts, gates, ffn, E):\n"

@@ -175,6 +175,19 @@ ROUTE = Check(
             "Returned are the affinities, s. The balance loss reads them, and the "
             "report counts there without bias.",
         ),
+        Wrong(
+            "the bias left in the affinities",
+            "experts = choose(s + b)",
+            "s = s + b\n    experts = choose(s)",
+            "`s += b` changes s for good, and then gates and affinities are "
+            "biased too. Add b where the choice is made, and nowhere else.",
+        ),
+        Wrong(
+            "2.5 by heart",
+            "lam * chosen",
+            "2.5 * chosen",
+            "lam is an argument. 2.5 is only what DeepSeek-V3 hands in.",
+        ),
     ),
     right=(
         "def route(u, W, b, lam, choose):\n"

@@ -163,6 +163,13 @@ ROUTE_BACKWARD = Check(
             "Every token read the same W, so their gradients add. Where the loss is a "
             "mean, dgates holds that already.",
         ),
+        Wrong(
+            "back as through a softmax",
+            "lam / total * (dgates - mean)",
+            "lam * chosen / total * (dgates - mean)",
+            "So a softmax goes back to its logits. Here the shares are s / S, "
+            "without an exponential: no s stands in front of the bracket.",
+        ),
     ),
     right=(
         "def route_backward(dgates, ds, u, W, experts, s, lam):\n"

@@ -161,7 +161,8 @@ def judge(
         advice = more.pop("advice", "")
         likeness, named = misconception(outcomes, exercise, check, cases, number)
         if named is not None:
-            seen = seen or headline
+            if len(check.returns) > 1 or not seen:  # which of them is it about?
+                seen = f"{headline}\n{seen}".rstrip("\n")
             headline, advice = f"{likeness}: {named.name}", named.why
         where = f"case {number} of {len(cases)}: {case.label}"
         lines = [arguments(case, exercise, tiny=number > 1), seen]
