@@ -72,20 +72,18 @@ def look(params: Params, config: Config) -> tuple[float, float]:
 
 
 def train(
-    config: Config, seed: int, steps: int = RECIPE.steps, show: Callable = iter
+    config: Config, seed: int, recipe: TrainConfig = RECIPE, show: Callable = iter
 ) -> Iterator[tuple[training.StepRecord, Params]]:
     """Train from scratch: one record and the parameters, which move, a step.
 
-    The schedule is that of the whole run, so fewer steps are its beginning. What two
-    models have in common starts with the same weights, and all read the same batches.
+    What two models have in common starts with the same weights, and all read the same
+    batches.
     """
-    recipe = replace(RECIPE, seed=seed)
+    recipe = replace(recipe, seed=seed)
     state = training.new_state(parameters.initialise(config, seed, recipe.init_std))
     text = corpus.load_corpus().train
     for record in show(training.train(state, config, recipe, text)):
         yield record, state.params
-        if record.step == steps:
-            return
 
 
 def acceptance(params: Params, config: Config, temperature: float) -> float:
