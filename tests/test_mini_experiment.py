@@ -52,10 +52,10 @@ def test_the_beginning_of_a_row_again() -> None:
     """80 steps of 400, of the model that trains fastest."""
     kept = next(r for r in experiment.read("mini_curves") if r["arm"] == "with none")
     config = experiment.ARMS["with none"]
-    for record, params in experiment.train(config, 0):
-        if record.step == experiment.EVERY:
-            break
-    assert kept["step"] == experiment.EVERY and kept["seed"] == 0
+    record, params = next(
+        pair for pair in experiment.train(config, 0) if pair[0].step == experiment.EVERY
+    )
+    assert kept["step"] == record.step and kept["seed"] == 0
     bits, _ = experiment.look(params, config)
     assert bits == pytest.approx(kept["bits"], abs=0.02)
 
