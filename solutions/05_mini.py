@@ -43,8 +43,8 @@ from grader import check, check_all, hint
 # Return the new stream and the layer's balance loss, as moe.6 has it with a weight of
 # 1. A dense layer has nothing to balance: 0.
 #
-# Given are the norm, a SwiGLU, and the queries, which are those of mla.8. The parts of a
-# score have one scale, $1 / \sqrt{d_h + d_R}$. Attend in the naive form.
+# Given are the norm, a SwiGLU, and the queries with the scale of their scores,
+# $1 / \sqrt{d_h + d_R}$, as in mla.8. Attend in the naive form.
 
 
 # %%
@@ -162,11 +162,12 @@ def losses(p, ids, c, lam, alpha, eps=1e-6):
         loads.append(load)
     h = norm(x, p["norm"])
     main = nats(h, ids[:, 1:])
-    for k, own in enumerate(p["modules"], start=1):
+    for layer, own in enumerate(p["modules"], start=L):
+        k = layer - L + 1
         h, tokens, targets = shifted(h, ids, k)
         e = p["embed"][tokens]  # (B, T-k, D)
         x = entrance(h, e, own["g_h"], own["g_e"], own["M"], eps)
-        x, load = block(own["block"], x, L + k - 1, c, eps)
+        x, load = block(own["block"], x, layer, c, eps)
         loads.append(load)
         h = norm(x, own["norm"])
         further.append(nats(h, targets))

@@ -86,8 +86,8 @@ BLOCK = Check(
         "Twice the same: normalise a copy of the stream, let a part read the copy, add "
         "what it says to the stream. Only the second part depends on the layer.",
         "`latents(u, W_DKV, g_KV, positions, eps)` is what `naive_forward(q_C, q_R, "
-        "kept, W_UKV, scale)` reads; its o is (B, T, N_h, d_v), and W_O wants the heads "
-        "side by side. For `route` and `mix` make rows of u, (B*T, D); `balance` wants "
+        "kept, W_UKV, scale)` reads; its o is (B, T, N_h, d_v), and W_O wants the "
+        "heads side by side. For `route` and `mix` make rows of u, (B*T, D); `balance` wants "
         "the affinities as (B, T, E).",
         "After `x = x + o.reshape(B, T, -1) @ p['W_O'].T` and `u = norm(x, "
         "p['norm_2'])`: a layer below `c.first_k_dense_replace` returns `x + swiglu(u, "
@@ -219,7 +219,7 @@ BLOCK = Check(
             "the gates sum to 1",
             "c.routed_scaling_factor, ours",
             "1.0, ours",
-            "The gates of a token sum to c.routed_scaling_factor: the `lam` of `route`.",
+            "A token's gates sum to c.routed_scaling_factor: the `lam` of `route`.",
         ),
         Wrong(
             "the groups left out",

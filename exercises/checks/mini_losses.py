@@ -179,8 +179,8 @@ LOSSES = Check(
         ),
         Wrong(
             "the modules' blocks counted from 0",
-            "L + k - 1",
-            "k - 1",
+            'block(own["block"], x, layer,',
+            'block(own["block"], x, k - 1,',
             "A module stands behind all L blocks: its number is L + k - 1, and it has "
             "experts.",
         ),
@@ -213,7 +213,7 @@ LOSSES = Check(
             "block(own, x, layer, c, eps)",
             "block(own, x, layer, c)",
             "All norms of the model have the same eps: hand it to `block`.",
-            (("L + k - 1, c, eps)", "L + k - 1, c)"),),
+            (('own["block"], x, layer, c, eps)', 'own["block"], x, layer, c)'),),
         ),
     ),
     right=(
