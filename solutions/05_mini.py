@@ -44,7 +44,9 @@ from grader import check, check_all, hint
 # 1. A dense layer has nothing to balance: 0.
 #
 # Given are the norm, a SwiGLU, and the queries with the scale of their scores,
-# $1 / \sqrt{d_h + d_R}$, as in mla.8. Attend in the naive form.
+# $1 / \sqrt{d_h + d_R}$, as in mla.8. Attend in the naive form. One trap is DeepSeek's
+# own: `eps` is that of $g_1$ and $g_2$. The norms of the latents, the queries' and the
+# one inside `latents`, keep 1e-6, whatever `eps` is.
 
 
 # %%
@@ -61,7 +63,7 @@ def block(p, x, layer, c, eps=1e-6):
     (B, T, D), N_h, E = x.shape, c.num_attention_heads, len(p["W"])
     d_R, positions = len(p["W_DKV"]) - len(p["g_KV"]), np.arange(T)
 
-    def norm(x, g):
+    def norm(x, g, eps=eps):
         return g * x * (np.mean(x * x, axis=-1, keepdims=True) + eps) ** -0.5
 
     def swiglu(u, W_gate, W_up, W_down):
@@ -70,14 +72,14 @@ def block(p, x, layer, c, eps=1e-6):
 
     def queries(u):
         """The q_C (B, T, N_h, d_h), q_R (B, T, N_h, d_R) and the scale."""
-        q = norm(u @ p["W_DQ"].T, p["g_Q"]) @ p["W_UQ"].T
+        q = norm(u @ p["W_DQ"].T, p["g_Q"], 1e-6) @ p["W_UQ"].T
         q_C, q_R = np.split(q.reshape(B, T, N_h, -1), [-d_R], axis=-1)
         return q_C, rope(q_R, positions), (q.shape[-1] / N_h) ** -0.5
 
     ### BEGIN SOLUTION
     u = norm(x, p["norm_1"])
     q_C, q_R, scale = queries(u)
-    kept = latents(u, p["W_DKV"], p["g_KV"], positions, eps)  # (B, T, d_c+d_R)
+    kept = latents(u, p["W_DKV"], p["g_KV"], positions)  # (B, T, d_c+d_R)
     o, _ = naive_forward(q_C, q_R, kept, p["W_UKV"], scale)  # (B, T, N_h, d_v)
     x = x + o.reshape(B, T, -1) @ p["W_O"].T
 

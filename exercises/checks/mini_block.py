@@ -85,10 +85,10 @@ BLOCK = Check(
     hints=(
         "Twice the same: normalise a copy of the stream, let a part read the copy, add "
         "what it says to the stream. Only the second part depends on the layer.",
-        "`latents(u, W_DKV, g_KV, positions, eps)` is what `naive_forward(q_C, q_R, "
+        "`latents(u, W_DKV, g_KV, positions)` is what `naive_forward(q_C, q_R, "
         "kept, W_UKV, scale)` reads; its o is (B, T, N_h, d_v), and W_O wants the "
-        "heads side by side. For `route` and `mix` make rows of u, (B*T, D); `balance` wants "
-        "the affinities as (B, T, E).",
+        "heads side by side. For `route` and `mix` make rows of u, (B*T, D); `balance` "
+        "wants the affinities as (B, T, E).",
         "After `x = x + o.reshape(B, T, -1) @ p['W_O'].T` and `u = norm(x, "
         "p['norm_2'])`: a layer below `c.first_k_dense_replace` returns `x + swiglu(u, "
         "F_gate, F_up, F_down), 0.0`. Any other calls `route(rows, W, b, "
@@ -234,10 +234,11 @@ BLOCK = Check(
             "A score sums d_h + d_R products, and has one scale: that of `queries`.",
         ),
         Wrong(
-            "eps not handed on",
-            "positions, eps)",
-            "positions)",
-            "The latent has a norm too, in `latents`, and its eps is the model's.",
+            "the latent's eps not its own",
+            "positions)  #",
+            "positions, eps)  #",
+            "The norms of the latents keep 1e-6, the default of `latents`, whatever eps "
+            "is.",
         ),
         Wrong(
             "the balance of the batch as one text",
@@ -256,7 +257,7 @@ BLOCK = Check(
     right=(
         "def block(p, x, layer, c, eps=1e-6):\n"
         "    (B, T, D), H = x.shape, c.num_attention_heads\n"
-        "    def norm(x, g):\n"
+        "    def norm(x, g, eps=eps):\n"
         "        return g * x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps)\n"
         "    def ffn(u, *W):\n"
         "        a = np.einsum('...d,id->...i', u, W[0])\n"
@@ -264,11 +265,11 @@ BLOCK = Check(
         "        return np.einsum('...i,di->...d', h, W[2])\n"
         "    u, at, d_c = norm(x, p['norm_1']), np.arange(T), len(p['g_KV'])\n"
         "    d_R = len(p['W_DKV']) - d_c\n"
-        "    q = norm(u @ p['W_DQ'].T, p['g_Q']) @ p['W_UQ'].T\n"
+        "    q = norm(u @ p['W_DQ'].T, p['g_Q'], 1e-6) @ p['W_UQ'].T\n"
         "    q = q.reshape(B, T, H, -1)\n"
         "    d = q.shape[-1]\n"
         "    q_R = rope(q[..., d - d_R:], at)\n"
-        "    kept = latents(u, p['W_DKV'], p['g_KV'], at, eps)\n"
+        "    kept = latents(u, p['W_DKV'], p['g_KV'], at)\n"
         "    c_KV, k_R = kept[..., :d_c], kept[..., d_c:]\n"
         "    W_UKV, heads = p['W_UKV'].reshape(H, -1, d_c), []\n"
         "    for h in range(H):\n"

@@ -84,7 +84,7 @@ def block_in_torch(p: dict, x, layer: int, c: Config) -> tuple:
     d = c.qk_nope_head_dim + c.qk_rope_head_dim
     u = F.rms_norm(x, D, p["norm_1"], eps)
     weights, heads = [p[name] for name in mla.NAMES], c.num_attention_heads
-    x = x + mla.layer_in_torch(u, weights, at, heads, d**-0.5, eps)
+    x = x + mla.layer_in_torch(u, weights, at, heads, d**-0.5, 1e-6)
     u = F.rms_norm(x, D, p["norm_2"], eps)
     if layer < c.first_k_dense_replace:
         return x + moe.expert_in_torch(u, *(p[name] for name in DENSE)), 0.0
