@@ -237,8 +237,8 @@ BLOCK = Check(
             "the latent's eps not its own",
             "positions)  #",
             "positions, eps)  #",
-            "The norms of the latents keep 1e-6, the default of `latents`, whatever eps "
-            "is.",
+            "The norms of the latents keep 1e-6, the default of `latents`, whatever "
+            "eps is.",
         ),
         Wrong(
             "the balance of the batch as one text",
