@@ -15,9 +15,9 @@ from grader import spec
 from grader.cell import reference_function
 from grader.source import exercises, find
 
-from .judges import lm, mla, moe, mtp
+from .judges import lm, mini, mla, moe, mtp
 
-JUDGES = lm.JUDGES | mtp.JUDGES | moe.JUDGES | mla.JUDGES
+JUDGES = lm.JUDGES | mtp.JUDGES | moe.JUDGES | mla.JUDGES | mini.JUDGES
 SEEDS = range(4)
 WRONG = [(id_, wrong) for id_ in JUDGES for wrong in spec.find(id_).wrong]
 
