@@ -40,8 +40,8 @@ from grader import check, check_all, hint
 # others it is the shared expert plus the routed ones. Decide it by the layer's number:
 # `p` holds the parameters of both.
 #
-# Return the new stream and the layer's balance loss, as moe.6 has it with a weight of
-# 1. A dense layer has nothing to balance: 0.
+# Return the new stream and the layer's balance loss, as moe.6 has it with $\alpha = 1$.
+# A dense layer has nothing to balance: 0.
 #
 # Given are the norm, a SwiGLU, and the queries with the scale of their scores,
 # $1 / \sqrt{d_h + d_R}$, as in mla.8. Attend in the naive form. One trap is DeepSeek's
