@@ -3,23 +3,16 @@
 import itertools
 import math
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-BOOK = Path(__file__).parents[1] / "book"
-sys.path.insert(0, str(BOOK / "_check"))
-
-import browser  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Page
 
 from minidsv3.config import MINI, V3  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    browser.chromium() is None, reason="no Chromium: set $CHROMIUM"
-)
+from . import figure_page
+
+pytestmark = figure_page.needs_chromium
 GIB = 2**30
 UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB"]
 FIGURE = "cache-calculator"
@@ -47,31 +40,14 @@ BELIEFS = (
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A page that holds the figure twice and nothing else, on a telephone."""
-    static = (BOOK / "_static").as_uri()
-    path = tmp_path_factory.mktemp("cache") / "page.html"
-    path.write_text(
-        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">'
-        f'<link rel="stylesheet" href="{static}/minidsv3.css">'
-        + f'<script src="{static}/{FIGURE}.js"></script>' * 2
-        + f"<{FIGURE}></{FIGURE}>"
-        + f'<{FIGURE} preset="Qwen2.5-72B"><p>It needs JavaScript.</p></{FIGURE}>',
-        encoding="utf-8",
+    """The figure, twice."""
+    figures = (
+        f"<{FIGURE}></{FIGURE}>"
+        f'<{FIGURE} preset="Qwen2.5-72B"><p>It needs JavaScript.</p></{FIGURE}>'
     )
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(
-            executable_path=browser.chromium(), args=browser.FLAGS
-        )
-        page = chromium.new_page(
-            viewport={"width": 390, "height": 1000}, reduced_motion="reduce"
-        )
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda line: errors.append(line.text))
-        page.goto(path.as_uri())
+    folder = tmp_path_factory.mktemp("cache")
+    with figure_page.opened(folder, [FIGURE], figures) as page:
         yield page
-        chromium.close()
-    assert not errors
 
 
 @pytest.fixture

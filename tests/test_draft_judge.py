@@ -1,21 +1,14 @@
 """The movable figure of speculative decoding: what it shows is what it computes."""
 
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page
 
-BOOK = Path(__file__).parents[1] / "book"
-sys.path.insert(0, str(BOOK / "_check"))
+from . import figure_page
 
-import browser  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    browser.chromium() is None, reason="no Chromium: set $CHROMIUM"
-)
+pytestmark = figure_page.needs_chromium
 STATE = """() => {
   const { p, q, law, counts } = document.querySelector("draft-judge");
   return { p, q, law, counts };
@@ -24,29 +17,11 @@ STATE = """() => {
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A page that holds the figure and nothing else."""
-    static = (BOOK / "_static").as_uri()
-    path = tmp_path_factory.mktemp("judge") / "page.html"
-    path.write_text(
-        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">'
-        f'<link rel="stylesheet" href="{static}/minidsv3.css">'
-        + f'<script src="{static}/draft-judge.js"></script>' * 2
-        + "<draft-judge></draft-judge>",
-        encoding="utf-8",
-    )
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(
-            executable_path=browser.chromium(), args=browser.FLAGS
-        )
-        page = chromium.new_page(
-            viewport={"width": 390, "height": 1000}, reduced_motion="reduce"
-        )
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(path.as_uri())
+    """The figure alone."""
+    folder = tmp_path_factory.mktemp("judge")
+    figure = "<draft-judge></draft-judge>"
+    with figure_page.opened(folder, ["draft-judge"], figure) as page:
         yield page
-        chromium.close()
-    assert not errors
 
 
 @pytest.fixture

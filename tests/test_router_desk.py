@@ -2,23 +2,17 @@
 
 import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import Page
 
-BOOK = Path(__file__).parents[1] / "book"
-sys.path.insert(0, str(BOOK / "_check"))
+from . import figure_page
 
-import browser  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    browser.chromium() is None, reason="no Chromium: set $CHROMIUM"
-)
+pytestmark = figure_page.needs_chromium
 SCRIPTS = ("router-desk", "router-group", "router-verdict")
 RULES = ("none", "gates", "zero", "max", "softmax")
 PRESETS = (
@@ -66,38 +60,19 @@ DRAWN = """() => [...document.querySelectorAll(".choices .column")].map((column)
 def opened(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Page]:
-    """A page that holds the figure, its scripts loaded twice and in either order."""
-    static = (BOOK / "_static").as_uri()
+    """The figure, its scripts in either order, and the theme's sheet beside ours."""
     theme = importlib.util.find_spec("pydata_sphinx_theme")  # its sheet knows classes
-    sheets = [f"{static}/minidsv3.css"]
+    sheets = []
     if theme and theme.origin:
         folder = Path(theme.origin).parent / "theme/pydata_sphinx_theme/static/styles"
-        sheets.insert(0, (folder / "pydata-sphinx-theme.css").as_uri())
-    path = tmp_path_factory.mktemp("desk") / "page.html"
-    path.write_text(
-        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">'
-        + "".join(f'<link rel="stylesheet" href="{sheet}">' for sheet in sheets)
-        + "<style>* { box-sizing: border-box } body { margin: 0 16px }</style>"
-        + "".join(
-            f'<script src="{static}/{name}.js"></script>' for name in request.param
-        )
-        * 2
-        + '<main class="bd-article"><router-desk><p>It moves.</p></router-desk></main>',
-        encoding="utf-8",
+        sheets.append((folder / "pydata-sphinx-theme.css").as_uri())
+    body = (
+        "<style>* { box-sizing: border-box } body { margin: 0 16px }</style>"
+        '<main class="bd-article"><router-desk><p>It moves.</p></router-desk></main>'
     )
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(
-            executable_path=browser.chromium(), args=browser.FLAGS
-        )
-        page = chromium.new_page(
-            viewport={"width": 390, "height": 1200}, reduced_motion="reduce"
-        )
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(path.as_uri())
+    folder = tmp_path_factory.mktemp("desk")
+    with figure_page.opened(folder, request.param, body, sheets, 1200) as page:
         yield page
-        chromium.close()
-    assert not errors
 
 
 @pytest.fixture
