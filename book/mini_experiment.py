@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import runs
 from rows import Row, provenance, write
 from rows import read as read
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from minidsv3.config import MINI, PLAIN, Config, TrainConfig
 from minidsv3.generation.numpy_ref import speculate
 from minidsv3.model import numpy_ref as model
 from minidsv3.moe import numpy_ref as moe
-from minidsv3.training import numpy_ref as training
+from minidsv3.training.numpy_ref import StepRecord, evaluate
 
 RECIPE = TrainConfig(steps=400, batch_size=8, sequence_length=128, warmup_steps=40,
                      learning_rate=3e-3, min_learning_rate=3e-4)  # fmt: skip
@@ -59,7 +60,7 @@ Params = dict[str, np.ndarray]
 def look(params: Params, config: Config) -> tuple[float, float]:
     """Bits per byte on held-out text, and MaxVio there (NaN without experts)."""
     tokens, T = corpus.load_corpus().held_out[:HELD_OUT], RECIPE.sequence_length
-    bits = training.evaluate(params, config, tokens, T)
+    bits = evaluate(params, config, tokens, T)
     if not config.uses_moe:
         return bits, float("nan")
     windows = tokens[: len(tokens) // T * T].reshape(-1, 16, T).astype(np.int64)
@@ -73,17 +74,9 @@ def look(params: Params, config: Config) -> tuple[float, float]:
 
 def train(
     config: Config, seed: int, recipe: TrainConfig = RECIPE, show: Callable = iter
-) -> Iterator[tuple[training.StepRecord, Params]]:
-    """Train from scratch: one record and the parameters, which move, a step.
-
-    What two models have in common starts with the same weights, and all read the same
-    batches.
-    """
-    recipe = replace(recipe, seed=seed)
-    state = training.new_state(parameters.initialise(config, seed, recipe.init_std))
-    text = corpus.load_corpus().train
-    for record in show(training.train(state, config, recipe, text)):
-        yield record, state.params
+) -> Iterator[tuple[StepRecord, Params]]:
+    """Train a model from scratch; what two have in common starts with equal weights."""
+    return runs.train(config, replace(recipe, seed=seed), show=show)
 
 
 def acceptance(params: Params, config: Config, temperature: float) -> float:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import runs
 from rows import Row, provenance, write
 from rows import read as read
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from minidsv3.config import PLAIN, Config, TrainConfig, Yarn
 from minidsv3.mla import numpy_ref as mla
 from minidsv3.model import numpy_ref as model
 from minidsv3.model.block_numpy_ref import saved_attention
-from minidsv3.training import numpy_ref as training
+from minidsv3.training.numpy_ref import StepRecord
 
 MHA = replace(PLAIN, hidden_size=128, num_hidden_layers=2, num_attention_heads=8,
               num_key_value_heads=8, v_head_dim=16, qk_rope_head_dim=16,
@@ -80,26 +81,10 @@ def kept(config: Config) -> float:
 
 
 def train(
-    config: Config, seed: int, steps: int = RECIPE.steps, show: Callable = iter
-) -> Iterator[tuple[training.StepRecord, Params]]:
-    """Train from scratch: one record and the parameters, which move, a step.
-
-    The schedule is that of the whole run, so fewer steps are its beginning. All kinds
-    read the same batches.
-    """
-    start = parameters.initialise(config, seed, RECIPE.init_std)
-    yield from _continue(start, config, replace(RECIPE, seed=seed), steps, show)
-
-
-def _continue(
-    params: Params, config: Config, recipe: TrainConfig, steps: int, show: Callable
-) -> Iterator[tuple[training.StepRecord, Params]]:
-    state = training.new_state(params)
-    text = corpus.load_corpus().train
-    for record in show(training.train(state, config, recipe, text)):
-        yield record, state.params
-        if record.step == steps:
-            return
+    config: Config, seed: int, show: Callable = iter
+) -> Iterator[tuple[StepRecord, Params]]:
+    """Train a kind of attention from scratch; all kinds read the same batches."""
+    return runs.train(config, replace(RECIPE, seed=seed), show=show)
 
 
 def bits_by_position(params: Params, config: Config, length: int) -> np.ndarray:
@@ -193,8 +178,7 @@ def yarn_rows(params: Params, seed: int) -> Iterator[Row]:
         for tuned in (0, 1):
             mine = {name: array.copy() for name, array in params.items()}
             if tuned:
-                recipe = replace(TUNE, seed=seed)
-                for _ in _continue(mine, config, recipe, recipe.steps, iter):
+                for _ in runs.train(config, replace(TUNE, seed=seed), start=mine):
                     pass
             bits = bits_by_position(mine, config, TUNE.sequence_length)
             by_bin = bits.reshape(BINS, -1).mean(axis=1)

@@ -19,6 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import runs
 from kinds import KINDS, kinds
 from rows import Row, provenance, write
 from rows import read as read
@@ -29,7 +30,7 @@ from minidsv3.config import PLAIN, Config, TrainConfig
 from minidsv3.model import numpy_ref as model
 from minidsv3.moe import numpy_ref as moe
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
-from minidsv3.training import numpy_ref as training
+from minidsv3.training.numpy_ref import StepRecord
 
 SMALL = replace(PLAIN, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, intermediate_size=192)  # fmt: skip
@@ -119,22 +120,12 @@ def balance(loads: np.ndarray) -> dict[str, float]:
 
 
 def train(
-    arm: Arm, seed: int, steps: int = RECIPE.steps, show: Callable = iter
-) -> Iterator[tuple[training.StepRecord, Params]]:
-    """Train an arm from scratch: one record and the parameters, which move, a step.
-
-    The schedule is that of the whole run, so fewer steps are its beginning. What two
-    arms have in common starts with the same weights, and all read the same batches.
-    """
+    arm: Arm, seed: int, steps: int | None = None, show: Callable = iter
+) -> Iterator[tuple[StepRecord, Params]]:
+    """Train an arm from scratch, for all the steps of the recipe or for the first."""
     recipe = replace(RECIPE, seed=seed, bias_update_speed=arm.speed,
                      balance_weight=arm.weight)  # fmt: skip
-    start = parameters.initialise(arm.config, seed, recipe.init_std)
-    state = training.new_state(start)
-    text = corpus.load_corpus().train
-    for record in show(training.train(state, arm.config, recipe, text)):
-        yield record, state.params
-        if record.step == steps:
-            return
+    return runs.train(arm.config, recipe, steps, show)
 
 
 def rows(name: str, seed: int, show: Callable = iter) -> tuple[Row, list[Row], Params]:
