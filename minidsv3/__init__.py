@@ -4,13 +4,14 @@ The map, mechanism by implementation. Imports point downwards only::
 
     __main__      the command line
     options       what its words mean
-    training      numpy_ref · run_folder
+    training      numpy_ref · torch_port · held_out · run_folder · command
     generation    numpy_ref
-    model         numpy_ref · block_numpy_ref
-    mtp           numpy_ref
-    moe           numpy_ref
-    mla           numpy_ref
-    primitives    numpy_ref · attention_numpy_ref
+    model         numpy_ref · block_numpy_ref · torch_port
+    mtp           numpy_ref · torch_port
+    moe           numpy_ref · torch_port
+    mla           numpy_ref · torch_port
+    primitives    numpy_ref · attention_numpy_ref · torch_port · attention_torch_port
+                  · cache
     gpu           simulator · dialect · threads · warps · memory · binding · reports
     parameters    names and shapes of every parameter
     checkpoints   models on disk, in DeepSeek's layout

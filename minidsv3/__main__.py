@@ -1,21 +1,15 @@
 """The command line: ``python -m minidsv3 train | generate | evaluate``."""
 
 import argparse
-import math
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
 from minidsv3 import checkpoints, config, corpus, parameters
-from minidsv3.options import BadOption, configs, parser
+from minidsv3.options import BadOption, parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,43 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from minidsv3.training import numpy_ref as training
-    from minidsv3.training import run_folder
+    from minidsv3.training import command
 
-    model, recipe = configs(options)
-    out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise BadOption(f"--out {out}: is a file, name a folder")
-    if run_folder.is_used(out) and not options.resume:
-        raise BadOption(
-            f"{out} holds a run already, or a model; add --resume to continue a run, "
-            "or name another folder"
-        )
-    text = _text(options)
-    needed = recipe.sequence_length + 1
-    if len(text.train) < needed:
-        raise BadOption(
-            f"the text has {len(text.train)} tokens to train on, one sequence takes "
-            f"{needed}; give more text or a smaller --sequence-length"
-        )
-    if options.resume:
-        state = run_folder.resume(out, model, recipe, text.sha256)
-    else:
-        params = parameters.initialise(model, recipe.seed, recipe.init_std)
-        state = training.new_state(params)
-    print(
-        f"{parameters.count(model):,} parameters, {len(text.train):,} training tokens, "
-        f"steps {state.step} to {recipe.steps}"
-    )
-    finished = _training_loop(state, model, recipe, text, out, options.save_every)
-    if not finished:
-        print(f"stopped after step {state.step}; continue with the same command and "
-              "--resume")  # fmt: skip
-        return 1
-    length = recipe.sequence_length
-    bits = training.evaluate(state.params, model, text.held_out, length)
-    print(f"held-out text: {bits:.4f} bits per byte; the model is in {out}")
-    return 0
+    return command.run(options, _text(options))
 
 
 def _text(options: argparse.Namespace) -> corpus.Corpus:
@@ -93,61 +53,6 @@ def _text(options: argparse.Namespace) -> corpus.Corpus:
         some = ", ".join(text.files_skipped[:3])
         print(f"{len(text.files_skipped)} files are no UTF-8 text: {some} …")
     return text
-
-
-def _training_loop(
-    state: Any, model: Any, recipe: Any, text: Any, out: Path, save_every: int
-) -> bool:
-    """Train with a progress bar; True if it reached the end, False after Ctrl-C."""
-    from tqdm import tqdm
-
-    from minidsv3.training import numpy_ref as training
-    from minidsv3.training import run_folder
-
-    def save() -> None:
-        run_folder.save(out, state, model, recipe, text.sha256)
-
-    save()
-    progress = tqdm(total=recipe.steps, initial=state.step, unit="step")
-    with progress, _ctrl_c_finishes_the_step() as asked:
-        for record in training.train(state, model, recipe, text.train):
-            run_folder.append_log(out, record)
-            progress.set_postfix_str(_in_bits(record.losses))
-            progress.update()
-            if asked.stop:
-                break
-            if record.step % save_every == 0 and record.step < recipe.steps:
-                save()
-    save()
-    return not asked.stop
-
-
-def _in_bits(losses: dict[str, float]) -> str:
-    """The main loss, and behind it those of the MTP modules; balance is no bits."""
-    said = [f"{losses['main'] / math.log(2):.3f} bits per byte"]
-    modules = (name for name in losses if name.startswith("mtp_"))
-    said += [f"{name} {losses[name] / math.log(2):.3f}" for name in modules]
-    said += [f"balance {losses[name]:.2f}" for name in losses if name == "balance"]
-    return ", ".join(said)
-
-
-@contextmanager
-def _ctrl_c_finishes_the_step() -> Iterator[SimpleNamespace]:
-    """Turn the first Ctrl-C into a request; a second one interrupts at once.
-
-    An update runs in place, so stopping in its middle would leave half a step.
-    """
-    asked = SimpleNamespace(stop=False)
-
-    def note(*_: Any) -> None:
-        asked.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _generate(options: argparse.Namespace) -> int:

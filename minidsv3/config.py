@@ -254,6 +254,8 @@ class TrainConfig:
     mtp_weight_final: float = 0.1  # λ late in training
     bias_update_speed: float = 1e-3  # γ
     balance_weight: float = 1e-4  # α
+    precision: str = "float32"  # of matrix products: this, or "bfloat16" (PyTorch only)
+    accumulate: int = 1  # parts that a batch is worked off in (PyTorch only)
 
     def __post_init__(self) -> None:
         above = ("learning_rate", "adam_eps", "clip_norm", "init_std")
@@ -266,6 +268,11 @@ class TrainConfig:
             refuse("min_learning_rate", self.min_learning_rate, wish)
         if self.warmup_steps > self.steps:
             refuse("warmup_steps", self.warmup_steps, f"at most steps, {self.steps}")
+        if self.precision not in ("float32", "bfloat16"):
+            refuse("precision", self.precision, "'float32' or 'bfloat16'")
+        if self.batch_size % self.accumulate:
+            wish = f"a divisor of batch_size, which is {self.batch_size}"
+            refuse("accumulate", self.accumulate, wish)
 
 
 # The presets.

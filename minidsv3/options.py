@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 from minidsv3 import config, corpus
@@ -17,6 +18,8 @@ RECIPE = {  # options of `train` that are fields of TrainConfig
     "learning_rate": "peak learning rate",
     "min_learning_rate": "learning rate of the last step",
     "warmup_steps": "steps of linear warm-up",
+    "precision": "float32 or bfloat16, of matrix products",
+    "accumulate": "parts that a batch is worked off in",
     "seed": "seed of weights and batches",
 }
 
@@ -135,8 +138,21 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--save-every", type=_positive, default=100, metavar="STEPS")
     train.add_argument(
-        "--backend", choices=["numpy"], default="numpy",
+        "--evaluate-every", type=_positive, metavar="STEPS",
+        help="measure on held-out text this often (default: once, at the end)",
+    )  # fmt: skip
+    train.add_argument(
+        "--backend", choices=["numpy", "torch"],
+        default="torch" if find_spec("torch") else "numpy",
         help="what computes (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument(
+        "--device", metavar="NAME",
+        help="where torch computes: cpu, cuda, mps (default: a GPU if there is one)",
+    )  # fmt: skip
+    train.add_argument(
+        "--tensorboard", action="store_true",
+        help="write curves for TensorBoard into --out, too (pip install tensorboard)",
     )  # fmt: skip
 
 

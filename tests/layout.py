@@ -318,7 +318,8 @@ def untrue_map(root: Path) -> list[str]:
     """Modules that the map in the package's docstring leaves out or invents."""
     home = f"{PACKAGE}/__init__.py"
     text = ast.get_docstring(ast.parse((root / home).read_text("utf-8")), clean=False)
-    block = re.findall(r"^ {4}(\w+)(.*)$", text or "", re.MULTILINE)
+    line = r"^ {4}(\w+)(.*(?:\n {5,}.*)*)$"  # deeper lines continue it
+    block = re.findall(line, text or "", re.MULTILINE)
     names = [name.split("/")[1:] for name, *_ in library(root)]
     there = {parts[0].removesuffix(".py") for parts in names} - {"__init__"}
     said = [first for first, _ in block]

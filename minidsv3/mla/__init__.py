@@ -28,6 +28,6 @@ many queries meet: training, the reading of a prompt. The absorbed form moves
 themselves: more arithmetic a pair, far fewer numbers to read, hence decoding.
 
 The two norms on the latents are in the report's text (p. 22), not in its equations.
-``numpy_ref`` has queries, latents, both forms and their backward passes. The chapter on
-MLA derives them.
+``numpy_ref`` has queries, latents, both forms and their backward passes; ``torch_port``
+the same as a module. The chapter on MLA derives them.
 """

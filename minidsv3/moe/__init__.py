@@ -33,4 +33,5 @@ only, and the layer reads a normalised copy, adding to the stream that is not.
 
 ``numpy_ref`` has the router, the experts, the layer, the bias rule and the balance
 loss, and what tells how well balanced they are. The chapter on MoE derives them.
+``torch_port`` has the same as modules; the experts' backward pass stays ours.
 """

@@ -29,5 +29,6 @@ module's own, ``shared_head.norm``, stands between its block and the shared head
 choice is ours: eq. (24) divides its T - k terms by T, we average over the T - k.
 
 ``numpy_ref`` has the module, its backward pass, the shifts, the schedule of λ and the
-rule by which a draft is accepted. The chapter on MTP derives them.
+rule by which a draft is accepted; ``torch_port`` has the module. The chapter on MTP
+derives them.
 """

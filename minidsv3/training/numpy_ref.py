@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minidsv3.config import Config, TrainConfig
-from minidsv3.corpus import BOUNDARY, batch
+from minidsv3.corpus import batch
 from minidsv3.model.numpy_ref import forward, loss_and_grads
 from minidsv3.moe.numpy_ref import update_bias
 from minidsv3.mtp.numpy_ref import mtp_weight
 from minidsv3.parameters import first_not_finite
 from minidsv3.primitives.numpy_ref import cross_entropy_forward
+from minidsv3.training.held_out import bits_per_byte
 
 Array = np.ndarray
 Params = dict[str, Array]
@@ -152,34 +153,11 @@ def evaluate(
     sequence_length: int,
     batch_size: int = 16,
 ) -> float:
-    """Bits per byte on ``tokens``, each but the first predicted once.
+    """Bits per byte on ``tokens``; see `minidsv3.training.held_out.bits_per_byte`."""
 
-    The text is cut into windows of ``sequence_length`` targets. Each window starts
-    without memory, so its first bytes are predicted from little, which costs a few
-    percent. Boundaries are predicted too, and their bits count, but they are not bytes.
-    Raises ValueError for lengths below 1 and for a text without a byte to predict.
-    """
-    n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
-    if n_bytes == 0 or min(sequence_length, batch_size) < 1:
-        raise ValueError(
-            f"evaluate: {len(tokens)} tokens with {n_bytes} bytes to predict, windows "
-            f"of {sequence_length}, {batch_size} at a time: each must be at least 1"
-        )
-    nats = 0.0
-    for ids in _windows(tokens, sequence_length, batch_size):
+    def nats(ids: Array) -> float:
         logits, _ = forward(params, config, ids[:, :-1])
         loss, _ = cross_entropy_forward(logits, ids[:, 1:])
-        nats += loss * ids[:, 1:].size
-    return nats / math.log(2) / n_bytes
+        return loss
 
-
-def _windows(tokens: Array, length: int, batch_size: int) -> Iterator[Array]:
-    """Consecutive windows (b, length + 1), one token shared; the rest comes last."""
-    whole = (len(tokens) - 1) // length
-    starts = np.arange(whole) * length
-    for i in range(0, whole, batch_size):
-        rows = starts[i : i + batch_size, None]
-        yield tokens[rows + np.arange(length + 1)].astype(np.int64)
-    rest = tokens[whole * length :]
-    if len(rest) > 1:
-        yield rest[None].astype(np.int64)
+    return bits_per_byte(nats, tokens, sequence_length, batch_size)

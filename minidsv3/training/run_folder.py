@@ -6,6 +6,7 @@
     training_state.safetensors         weights, both Adam moments, the step: to resume
     log.csv                            one row a step, with a column for each loss,
                                        and MaxVio of the batch if there are experts
+    held_out.csv                       bits per byte on held-out text, where asked for
 """
 
 import csv
@@ -25,7 +26,9 @@ from minidsv3.training.numpy_ref import StepRecord, TrainState
 
 STATE = "training_state.safetensors"
 LOG = "log.csv"
+HELD_OUT = "held_out.csv"
 COLUMNS = ["step", "loss_nats", "learning_rate", "grad_norm", "seconds"]
+HELD_OUT_COLUMNS = ["step", "bits_per_byte"]
 
 
 def is_used(folder: Path) -> bool:
@@ -46,9 +49,17 @@ def identity(folder: Path) -> tuple[int | None, str | None]:
 
 
 def save(
-    folder: Path, state: TrainState, config: Config, tc: TrainConfig, corpus: str
+    folder: Path,
+    state: TrainState,
+    config: Config,
+    tc: TrainConfig,
+    corpus: str,
+    backend: str = "numpy",
 ) -> None:
     """Write state and model. ``corpus`` is the hash of the text that is trained on.
+
+    ``backend`` is "numpy" or "torch": each rounds in its own way, so a run that is
+    resumed with another would not be the same run.
 
     All that resuming needs is one file, replaced in one step: killed at any moment, the
     folder holds the old state or the new one, never a mixture. Raises ParameterError
@@ -61,21 +72,27 @@ def save(
     }
     if culprit := first_not_finite(tensors):
         raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
-    metadata = {"step": str(state.step), **_identity(config, tc, corpus)}
+    metadata = {"step": str(state.step), **_identity(config, tc, corpus, backend)}
     write_tensors(folder / STATE, tensors, metadata)
     checkpoints.save(folder, state.params, config)
 
 
-def resume(folder: Path, config: Config, tc: TrainConfig, corpus: str) -> TrainState:
+def resume(
+    folder: Path,
+    config: Config,
+    tc: TrainConfig,
+    corpus: str,
+    backend: str = "numpy",
+) -> TrainState:
     """Read the state back, to continue as if nothing had happened.
 
     Raises CheckpointError if there is none, or if the run was started with another
-    config, recipe or text (naming the fields): it would not be the same run.
+    config, recipe, text or backend (naming the fields): it would not be the same run.
     """
     if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder} holds no {STATE}: there is no run to resume")
     tensors, metadata = read_tensors(folder / STATE)
-    for part, wanted in _identity(config, tc, corpus).items():
+    for part, wanted in _identity(config, tc, corpus, backend).items():
         if metadata.get(part) != wanted:
             raise CheckpointError(
                 f"{folder} was started with another {part}: "
@@ -84,30 +101,35 @@ def resume(folder: Path, config: Config, tc: TrainConfig, corpus: str) -> TrainS
             )
     step = int(metadata["step"])
     _forget_rows_after(folder / LOG, step, _columns(loss_names(config)))
+    _forget_rows_after(folder / HELD_OUT, step, HELD_OUT_COLUMNS)
     parts = (cut(tensors, f"{name}/") for name in ("params", "m", "v"))
     return TrainState(*parts, step)
 
 
 def append_log(folder: Path, record: StepRecord) -> None:
     """Add one row to the log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOG
+    row = [
+        record.step,
+        record.losses["total"],
+        record.learning_rate,
+        record.grad_norm,
+        f"{record.seconds:.4f}",
+        *(record.losses[name] for name in _parts(record.losses)),
+        *_fullest(record.stats),
+    ]
+    _append(folder / LOG, _columns(record.losses), row)
+
+
+def append_held_out(folder: Path, step: int, bits: float) -> None:
+    """Add one row to the curve of the held-out text, in bits per byte."""
+    _append(folder / HELD_OUT, HELD_OUT_COLUMNS, [step, bits])
+
+
+def _append(path: Path, columns: list[str], row: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(_columns(record.losses))
-        writer.writerow(
-            [
-                record.step,
-                record.losses["total"],
-                record.learning_rate,
-                record.grad_norm,
-                f"{record.seconds:.4f}",
-                *(record.losses[name] for name in _parts(record.losses)),
-                *_fullest(record.stats),
-            ]
-        )
+        csv.writer(file).writerows([columns, row] if fresh else [row])
 
 
 def _parts(losses: Iterable[str]) -> list[str]:
@@ -129,11 +151,14 @@ def _columns(losses: Iterable[str]) -> list[str]:
     return COLUMNS + parts + (["max_vio"] if "balance" in names else [])
 
 
-def _identity(config: Config, tc: TrainConfig, corpus: str) -> dict[str, str]:
+def _identity(
+    config: Config, tc: TrainConfig, corpus: str, backend: str
+) -> dict[str, str]:
     return {
         "config": json.dumps(asdict(config), sort_keys=True),
         "recipe": json.dumps(asdict(tc), sort_keys=True),
         "text": json.dumps(corpus),
+        "backend": json.dumps(backend),
     }
 
 

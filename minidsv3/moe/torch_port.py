@@ -1,0 +1,341 @@
+r"""MoE in PyTorch: the router by autograd, the experts by our own backward pass.
+
+`MoE` has the parameters of `minidsv3.moe.numpy_ref` under the same names, and the bias
+as a buffer. N = B*T tokens, P = N*K pairs of a token and an expert. The experts are
+computed many at a time: sorted by load, cut into slabs of nearly equal load, filled up
+to the fullest of the slab, one batched product a slab. `Experts` is a
+``torch.autograd.Function`` because autograd would keep every intermediate, add up the
+tokens' gradients pair by pair, and does not know that a weight of zero undoes padding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidsv3.config import Config
+from minidsv3.parameters import cut, moe_shapes
+from minidsv3.primitives.torch_port import SwiGLU
+
+SLAB = 16  # experts of one batched product
+
+
+class Routing(NamedTuple):
+    """Where each of N tokens goes."""
+
+    experts: Tensor  # (N, K) the chosen ones, the best first
+    gates: Tensor  # (N, K) how much each answer counts
+    affinities: Tensor  # (N, E) the scores of all, without bias
+
+
+# --- the router ---------------------------------------------------------------------
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k best along the last axis, best first: (..., E) -> (..., k).
+
+    Of equal scores the lower index wins; ``topk`` leaves that open.
+    """
+    scores, best = scores.clone(), []
+    for _ in range(k):
+        best.append(
+            scores.argmax(dim=-1, keepdim=True)
+        )  # (..., 1), the first of equals
+        scores.scatter_(-1, best[-1], -torch.inf)
+    return torch.cat(best, dim=-1)
+
+
+def choose(choice: Tensor, config: Config) -> Tensor:
+    """The experts of each token, from s + b: choice (N, E) -> (N, K), best first.
+
+    Only the experts of the best ``topk_group`` groups can win; a group's score is the
+    sum of its two best. The others get -inf, not 0 (see the NumPy `choose`).
+    """
+    n_group, kept = config.n_group, config.topk_group
+    if kept < n_group:
+        grouped = choice.unflatten(-1, (n_group, -1))  # (N, n_group, E/n_group)
+        best = grouped.argmax(dim=-1, keepdim=True)  # (N, n_group, 1)
+        others = grouped.scatter(-1, best, -torch.inf)  # (N, n_group, E/n_group)
+        scores = grouped.amax(-1) + others.amax(-1)  # (N, n_group)
+        open_groups = top(scores, kept)  # (N, kept)
+        closed = choice.new_ones(len(choice), n_group, dtype=torch.bool)
+        closed = closed.scatter(-1, open_groups, False)  # (N, n_group)
+        choice = grouped.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+    return top(choice, config.num_experts_per_tok)
+
+
+class Router(nn.Module):
+    """Scores, choice and gates: eqs. (13), (15) and (16) of the report, p. 9.
+
+    In float32 at least, under autocast too: in bfloat16 a good part of the tokens would
+    go elsewhere. So are its biases, whatever the rest of the model is converted to.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        E, D = config.n_routed_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(E, D))
+        self.register_buffer("e_score_correction_bias", torch.zeros(E))
+        self.config = config
+
+    def forward(self, u: Tensor) -> Routing:
+        """Shapes: u (N, D) -> the routing of N tokens."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        with torch.autocast(u.device.type, enabled=False):
+            s = F.linear(u.to(wide), self.weight.to(wide)).sigmoid()  # (N, E)
+            with torch.no_grad():
+                choice = s + self.e_score_correction_bias
+                experts = choose(choice, self.config)  # (N, K)
+            chosen = s.gather(-1, experts)  # (N, K)
+            shares = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, self.config.routed_scaling_factor * shares, s)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
+        """Keep the biases wide in ``model.bfloat16()``: they move in steps of 0.001."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if torch.finfo(after.dtype).bits < 32:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+
+# --- the experts --------------------------------------------------------------------
+
+
+class Slab(NamedTuple):
+    """Experts of similar load: ranks by load, rows in the filled-up array."""
+
+    ranks: slice
+    rows: slice
+    height: int  # rows of each
+
+
+class Layout(NamedTuple):
+    """Where each pair lies in an array of P' ≥ P rows that is filled up to slabs."""
+
+    by_load: Tensor  # (E,) the experts, fullest first
+    slabs: list[Slab]
+    token: Tensor  # (P',) whose row it is; a filler reads token 0, with weight 0
+    place: Tensor  # (N, K) the row of each pair
+
+
+def _rounded_up(rows: int) -> int:
+    """To the next of eight steps a doubling: at most an eighth more.
+
+    Heights then repeat from step to step of training, and with them the shapes of the
+    products, for each of which a library may prepare code of its own.
+    """
+    step = 2 ** max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def lay_out(experts: Tensor, E: int) -> Layout:
+    """Give every pair its row: experts (N, K) -> Layout."""
+    flat = experts.flatten()  # (P)
+    counts = flat.bincount(minlength=E)
+    by_load = counts.argsort(descending=True, stable=True)  # (E)
+    loads, slabs, first_row, row = counts[by_load].tolist(), [], [], 0
+    for start in range(0, E - loads.count(0), SLAB):
+        ranks, height = range(start, min(start + SLAB, E)), _rounded_up(loads[start])
+        end = row + len(ranks) * height
+        first_row += range(row, end, height)
+        slabs.append(Slab(slice(start, ranks.stop), slice(row, end), height))
+        row = end
+    order = flat.argsort(stable=True)  # (P) the pairs, sorted by expert
+    home = torch.zeros_like(counts)  # (E) the first row of each expert
+    home[by_load[: len(first_row)]] = torch.tensor(first_row, device=flat.device)
+    shift = home - (counts.cumsum(0) - counts)  # (E)
+    place = torch.empty_like(flat)
+    place[order] = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    token = torch.zeros(row, dtype=torch.int64, device=flat.device)
+    token[place] = torch.arange(len(flat), device=flat.device) // experts.shape[1]
+    return Layout(by_load, slabs, token, place.view(experts.shape))
+
+
+def grouped(x: Tensor, W: Tensor, slabs: list[Slab]) -> Tensor:
+    """Each expert's rows times its own matrix: x (P', I), W (E, I, O) -> (P', O).
+
+    W lies in the order of the loads.
+    """
+    y = x.new_empty(len(x), W.shape[-1])
+    for ranks, rows, height in slabs:
+        x_slab = x[rows].unflatten(0, (-1, height))  # (n, height, I)
+        y_slab = y[rows].unflatten(0, (-1, height))  # (n, height, O)
+        torch.bmm(x_slab, W[ranks], out=y_slab)
+    return y
+
+
+def grouped_outer(dy: Tensor, x: Tensor, slabs: list[Slab], E: int) -> Tensor:
+    """The gradient of each expert's matrix: dy (P', O), x (P', I) -> (E, O, I).
+
+    In the order of the loads. An expert without rows gets zeros, and they are exact.
+    """
+    dW = x.new_empty(E, dy.shape[-1], x.shape[-1])
+    for ranks, rows, height in slabs:
+        dy_slab = dy[rows].unflatten(0, (-1, height))  # (n, height, O)
+        x_slab = x[rows].unflatten(0, (-1, height))  # (n, height, I)
+        torch.bmm(dy_slab.mT, x_slab, out=dW[ranks])
+    dW[slabs[-1].ranks.stop :] = 0
+    return dW
+
+
+def _by_load(W: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The experts' matrices in the order of their loads, in another precision."""
+    return W.index_select(0, layout.by_load).to(dtype)
+
+
+class Experts(torch.autograd.Function):
+    r"""The routed part of eq. (12): :math:`\sum_{i∈T} g_i\,\mathrm{FFN}_i(u)`.
+
+    Inputs: u (N, D), gates (N, K), W_gate and W_up (E, I, D), W_down (E, D, I), and
+    the `Layout`. Everything is computed in the dtype of u; gradients come back in the
+    dtype of what they belong to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        gates: Tensor,
+        W_gate: Tensor,
+        W_up: Tensor,
+        W_down: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """Gather, three grouped products, and the answers back to their tokens."""
+        weights = (W_gate, W_up, W_down)
+        A, B, C = (_by_load(W, layout, u.dtype) for W in weights)
+        x = u.index_select(0, layout.token)  # (P', D)
+        a = grouped(x, A.mT, layout.slabs)  # (P', I)
+        b = grouped(x, B.mT, layout.slabs)  # (P', I)
+        o = grouped(F.silu(a) * b, C.mT, layout.slabs)  # (P', D)
+        ctx.save_for_backward(u, gates, *weights, a, b)
+        ctx.layout = layout
+        return F.embedding_bag(
+            layout.place, o, mode="sum", per_sample_weights=gates.to(u.dtype)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        r"""The lines of forward in reverse.
+
+        A gate multiplies the whole answer, so it may be applied to the I numbers before
+        W_down instead of the D behind it: :math:`dg = ⟨dy, W_{down}h⟩ = ⟨dy W_{down},
+        h⟩`. The answers themselves need not be kept.
+        """
+        u, gates, W_gate, W_up, W_down, a, b = ctx.saved_tensors
+        by_load, slabs, token, place = ctx.layout
+        E = len(by_load)
+        g = u.new_zeros(len(token), 1)  # (P', 1), zero for fillers
+        g[place.flatten(), 0] = gates.flatten().to(u.dtype)
+        x, dy_rows = u.index_select(0, token), dy.index_select(0, token)  # (P', D)
+        gated = F.silu(a)
+        h = gated * b
+        dh = grouped(
+            dy_rows, _by_load(W_down, ctx.layout, u.dtype), slabs
+        )  # (P', I), unweighed
+        dgates = (dh * h).sum(-1, dtype=gates.dtype)[place]  # (N, K)
+        dW_down = grouped_outer(dy_rows, g * h, slabs, E)
+        dh *= g
+        da = torch.ops.aten.silu_backward(dh * b, a)
+        db = dh * gated
+        dx = grouped(da, _by_load(W_gate, ctx.layout, u.dtype), slabs)  # (P', D)
+        dx += grouped(db, _by_load(W_up, ctx.layout, u.dtype), slabs)
+        du = F.embedding_bag(place, dx, mode="sum")  # (N, D)
+        back = by_load.argsort()
+        dWs = [grouped_outer(da, x, slabs, E), grouped_outer(db, x, slabs, E), dW_down]
+        return (
+            du,
+            dgates,
+            *(dW.index_select(0, back).to(W_gate.dtype) for dW in dWs),
+            None,
+        )
+
+
+class Stack(nn.Module):
+    """One matrix an expert, (E, out, in): a weight with a name, and nothing else."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
+class RoutedExperts(nn.Module):
+    """The stacked weights of all routed experts, and their weighed answers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        shapes = cut(moe_shapes(config), "experts.")
+        self.gate_proj = Stack(shapes["gate_proj.weight"])
+        self.up_proj = Stack(shapes["up_proj.weight"])
+        self.down_proj = Stack(shapes["down_proj.weight"])
+
+    @torch.compiler.disable(recursive=True)  # its shapes follow from the data
+    def forward(self, u: Tensor, routing: Routing) -> Tensor:
+        """Shapes: u (N, D) -> (N, D), in the dtype of autocast if it is on."""
+        if torch.is_autocast_enabled(u.device.type):
+            u = u.to(torch.get_autocast_dtype(u.device.type))
+        W_gate, W_up = self.gate_proj.weight, self.up_proj.weight
+        layout = lay_out(routing.experts, len(W_gate))
+        return Experts.apply(
+            u, routing.gates, W_gate, W_up, self.down_proj.weight, layout
+        )
+
+
+class MoE(nn.Module):
+    """The whole layer, eq. (12) without the stream: shared and routed experts."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = SwiGLU(config.hidden_size, width)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Routing]:
+        """Shapes: u (B, T, D), normalised -> (B, T, D), and where the tokens went."""
+        rows = u.flatten(0, 1)  # (N, D)
+        routing = self.gate(rows)
+        y = self.experts(rows, routing).view(u.shape)  # (B, T, D)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(u)
+        return y, routing
+
+
+# --- balance: the bias rule and the loss ---------------------------------------------
+
+
+def load(experts: Tensor, E: int) -> Tensor:
+    """Tokens that each expert received: experts (N, K) -> counts (E,)."""
+    return experts.flatten().bincount(minlength=E)
+
+
+@torch.no_grad()
+def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
+    r"""Move the bias, in place: :math:`b_i + γ\,\mathrm{sign}(\bar c - c_i)`.
+
+    counts (E,) are the tokens of the whole batch that the step was taken on (report,
+    section 2.1.2, p. 9). No gradient step: the optimiser never sees the bias.
+    """
+    counts = counts.to(bias.dtype)
+    bias += speed * (counts.mean() - counts).sign()
+
+
+def balance_loss(affinities: Tensor, K: int) -> Tensor:
+    r"""The sequence-wise balance loss :math:`\sum_i f_i P_i`, eqs. (17)–(20), p. 9.
+
+    The mean over sequences, without α: perfect balance gives 1. f counts the plain K
+    best, without bias or groups, and has no gradient. Shapes: affinities (B, T, E).
+    """
+    _, T, E = affinities.shape
+    with torch.no_grad():
+        chosen = torch.zeros_like(affinities).scatter(-1, top(affinities, K), 1.0)
+        f = chosen.sum(1) * (E / (K * T))  # (B, E)
+    P = (affinities / (affinities.sum(-1, keepdim=True) + 1e-20)).mean(1)  # (B, E)
+    return (f * P).sum(-1).mean()

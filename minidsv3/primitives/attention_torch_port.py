@@ -1,0 +1,97 @@
+r"""Causal attention in PyTorch.
+
+The core is torch's own ``scaled_dot_product_attention``, which never stores the (T, S)
+matrix of probabilities where it has a fused kernel. Heads stand before positions here,
+(B, N_h, T, d), as that function wants them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidsv3.config import Config
+from minidsv3.primitives.cache import Cache
+from minidsv3.primitives.numpy_ref import softmax_scale
+from minidsv3.primitives.torch_port import linear, rotate
+
+CHUNK = 128  # queries of one product
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    r"""Scaled dot-product attention, :math:`o = \mathrm{softmax}(α\,q k^\top)\,v`.
+
+    The T queries are the last T of the S positions, so a cached past needs no other
+    mask. Shapes: q (B, N_h, T, d_k), k (B, N_kv, S, d_k), v (B, N_kv, S, d_v)
+    -> o (B, N_h, T, d_v). Each key head serves N_h / N_kv query heads.
+    """
+    T, S, grouped = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and T == S > 1 and not grouped:
+        return _attention_in_chunks(q, k, v, scale)
+    mask = None
+    if 1 < T < S:  # torch's own causal mask aligns the first query with the first key
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=1 < T == S, scale=scale, enable_gqa=grouped
+    )
+
+
+def _attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same by plain products, a chunk of queries at a time.
+
+    A chunk multiplies the keys up to its own end and no further. Torch's function takes
+    one and a half times as long on a processor where d_k differs from d_v, in bfloat16
+    three times (measured; the chapter on training has the table).
+    """
+    B, _, T, _ = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B*N_h, T, …)
+    chunks = []
+    for start in range(0, T, CHUNK):
+        end = min(start + CHUNK, T)
+        mask = q.new_full((end - start, end), -torch.inf).triu(start + 1)
+        scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale)
+        chunks.append(_softmax(scores) @ v[:, :end])  # (B*N_h, CHUNK, d_v)
+    return torch.cat(chunks, dim=1).unflatten(0, (B, -1))  # (B, N_h, T, d_v)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis: in float32 inside, in the dtype of its input outside.
+
+    Autocast would store it in float32, twice the bytes.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        return scores.softmax(dim=-1)
+
+
+def heads(x: Tensor, n: int) -> Tensor:
+    """Cut the last axis into n heads: (B, T, n*d) -> (B, n, T, d)."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, n, T, d)
+
+
+class PlainAttention(nn.Module):
+    """Plain attention of one block (MHA, GQA or MQA): project, rotate, attend."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        D, d, d_v = config.hidden_size, config.qk_rope_head_dim, config.v_head_dim
+        N_h, N_kv = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = linear(D, N_h * d)
+        self.k_proj = linear(D, N_kv * d)
+        self.v_proj = linear(D, N_kv * d_v)
+        self.o_proj = linear(N_h * d_v, D)
+        self.N_h, self.N_kv, self.scale = N_h, N_kv, softmax_scale(config)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Shapes: x (B, T, D), rotation as `rope_rotation` makes it -> (B, T, D).
+
+        With a cache, x continues what it holds.
+        """
+        q = rotate(heads(self.q_proj(x), self.N_h), rotation)
+        k = rotate(heads(self.k_proj(x), self.N_kv), rotation)
+        v = heads(self.v_proj(x), self.N_kv)
+        if cache is not None:  # it grows along axis 1, before the heads
+            kept = cache.extend(k.transpose(1, 2), v.transpose(1, 2))
+            k, v = (one.transpose(1, 2) for one in kept)  # (B, N_kv, S, d), both
+        o = causal_attention(q, k, v, self.scale)
+        return self.o_proj(o.transpose(1, 2).flatten(2))

@@ -1,0 +1,83 @@
+"""The cache that decoding keeps, of NumPy's arrays or of torch's tensors."""
+
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray, or torch.Tensor, which this module does not import
+
+
+class Cache:
+    """The past that attention keeps: arrays that grow along axis 1 (time).
+
+    Plain attention stores rotated keys and values, MLA its latent and its rotated key.
+    Memory for ``capacity`` positions is taken once, at the first call of `extend`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"cache: capacity is {capacity}, must be at least 1")
+        self.capacity = capacity
+        self.length = 0
+        self._arrays: tuple[Array, ...] = ()
+
+    def extend(self, *new: Array) -> tuple[Array, ...]:
+        """Append ``new`` arrays (B, T, ...) and return all that is kept, (B, S, ...).
+
+        The answers are views: valid until the next call. Raises ValueError when the
+        cache is full or belongs to another model or batch, leaving it as it was.
+        """
+        T = new[0].shape[1]
+        end = self.length + T
+        if end > self.capacity:
+            raise ValueError(
+                f"cache: {self.length} positions are kept and {T} more arrive, "
+                f"but it was made for {self.capacity}"
+            )
+        if not self._arrays:
+            self._arrays = tuple(self._room_for(n) for n in new)
+        self._check_kind(new)
+        for kept, n in zip(self._arrays, new, strict=True):
+            kept[:, self.length : end] = n
+        self.length = end
+        return tuple(kept[:, :end] for kept in self._arrays)
+
+    def crop(self, length: int) -> None:
+        """Forget every position from ``length`` on (a rejected draft, say)."""
+        if not 0 <= length <= self.length:
+            raise ValueError(
+                f"cache: cannot crop to {length}, it holds {self.length} positions"
+            )
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the kept positions fill, counted from the arrays."""
+        return sum(kept[:, : self.length].nbytes for kept in self._arrays)
+
+    def _room_for(self, n: Array) -> Array:
+        shape = (n.shape[0], self.capacity, *n.shape[2:])
+        if isinstance(n, np.ndarray):
+            return np.empty(shape, n.dtype)
+        return n.new_empty(shape)  # a tensor, on its own device
+
+    def _check_kind(self, new: tuple[Array, ...]) -> None:
+        """Assignment would stretch a batch of one, and round float64 to float32."""
+        kept, given = _kinds(self._arrays), _kinds(new)
+        if kept != given:
+            raise ValueError(
+                f"cache: it keeps {kept} (batch, widths, precision), but {given} "
+                "arrives; a cache is for one model and one batch"
+            )
+
+
+def _kinds(arrays: tuple[Array, ...]) -> list[tuple]:
+    """Batch, widths, precision and device of arrays, whatever their length."""
+    return [
+        (a.shape[0], *a.shape[2:], str(a.dtype), *(_device(a) or ())) for a in arrays
+    ]
+
+
+def _device(array: Array) -> tuple[str] | None:
+    """Where a tensor lies; NumPy's arrays lie in one place."""
+    return None if isinstance(array, np.ndarray) else (str(array.device),)
