@@ -22,8 +22,8 @@ def params() -> dict[str, np.ndarray]:
 
 
 def test_bfloat16_halves_the_file_and_spares_the_biases(tmp_path, params) -> None:
-    checkpoints.save(tmp_path / "full", params, TINY)
-    checkpoints.save(tmp_path / "half", params, TINY, dtype="bfloat16")
+    checkpoints.save(tmp_path / "full", TINY, params)
+    checkpoints.save(tmp_path / "half", TINY, params, dtype="bfloat16")
     sizes = [(tmp_path / n / checkpoints.WEIGHTS).stat().st_size for n in
              ("full", "half")]  # fmt: skip
     assert sizes[1] < 0.6 * sizes[0]
@@ -31,7 +31,7 @@ def test_bfloat16_halves_the_file_and_spares_the_biases(tmp_path, params) -> Non
     for name, array in tensors.items():
         wanted = np.float32 if name.endswith("bias") else ml_dtypes.bfloat16
         assert array.dtype == wanted, name
-    loaded, _ = checkpoints.load(tmp_path / "half")
+    _, loaded = checkpoints.load(tmp_path / "half")
     np.testing.assert_array_equal(loaded[BIAS], params[BIAS])
     for name, array in loaded.items():
         assert array.dtype == np.float32
@@ -42,7 +42,7 @@ def test_bfloat16_halves_the_file_and_spares_the_biases(tmp_path, params) -> Non
 def test_what_overflows_in_the_rounding_is_not_written(tmp_path, params) -> None:
     params["lm_head.weight"][0, 0] = 3.4e38  # beyond the largest bfloat16
     with pytest.raises(parameters.ParameterError, match=r"lm_head\.weight"):
-        checkpoints.save(tmp_path, params, TINY, dtype="bfloat16")
+        checkpoints.save(tmp_path, TINY, params, dtype="bfloat16")
     assert not list(tmp_path.iterdir())
 
 
@@ -61,16 +61,16 @@ def split(folder) -> list[str]:
 
 
 def test_weights_in_several_files(tmp_path, params) -> None:
-    checkpoints.save(tmp_path, params, TINY)
+    checkpoints.save(tmp_path, TINY, params)
     split(tmp_path)
-    loaded, config = checkpoints.load(tmp_path)
+    config, loaded = checkpoints.load(tmp_path)
     assert config == TINY and loaded.keys() == params.keys()
     for name, array in params.items():
         np.testing.assert_array_equal(loaded[name], array)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, params) -> None:
-    checkpoints.save(tmp_path, params, TINY)
+    checkpoints.save(tmp_path, TINY, params)
     names = split(tmp_path)
     (tmp_path / names[1]).unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
@@ -79,7 +79,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, params) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
 def test_a_broken_index_is_named(tmp_path, params, text: str) -> None:
-    checkpoints.save(tmp_path, params, TINY)
+    checkpoints.save(tmp_path, TINY, params)
     split(tmp_path)
     (tmp_path / checkpoints.INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="is no index of weights"):
@@ -88,7 +88,7 @@ def test_a_broken_index_is_named(tmp_path, params, text: str) -> None:
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, params) -> None:
     inside = tmp_path / "model"
-    checkpoints.save(inside, params, TINY)
+    checkpoints.save(inside, TINY, params)
     names = split(inside)
     (inside / names[0]).rename(tmp_path / names[0])
     index = json.loads((inside / checkpoints.INDEX).read_text())

@@ -128,7 +128,7 @@ def test_from_training_to_text(
     for word in (b"bits per byte", b"mtp_1", b"balance 2."):
         assert word in said.err.splitlines()[-1].split(b"\r")[-1]
     check_log(out, text)
-    params, config = checkpoints.load(out)
+    config, params = checkpoints.load(out)
     assert config == TINY
     for name in filter(is_bias, params):
         steps = params[name] / 0.01
@@ -161,7 +161,7 @@ def test_every_kind_of_size_can_be_set(tmp_path: Path, text: Path) -> None:  # n
     words = [w for k, v in changes.items() for w in ("--set", f"{k}={v}")]
     recipe = ["--set", "balance_weight=0.5", "--set", "mtp_weight=0.25"]
     trained(tmp_path / "run", text, *words, *recipe, steps=2)
-    config = checkpoints.load(tmp_path / "run")[1]
+    config = checkpoints.load(tmp_path / "run")[0]
     assert {name: getattr(config, name) for name in changes} == changes
     header, first, _ = (tmp_path / "run" / run_folder.LOG).read_text().splitlines()
     row = dict(zip(header.split(","), map(float, first.split(",")), strict=True))
@@ -220,7 +220,7 @@ def test_the_mini_model_trains(tmp_path: Path, text: Path) -> None:  # noqa: F81
     assert done.returncode == 0, done.stderr
     assert f"{parameters.count(MINI):,} parameters" in done.stdout
     assert "2/2" in done.stderr and "balance" in done.stderr
-    assert checkpoints.load(out)[1] == MINI
+    assert checkpoints.load(out)[0] == MINI
     assert (out / checkpoints.WEIGHTS).stat().st_size > 4 * parameters.count(MINI)
 
 

@@ -151,15 +151,18 @@ def evaluate(
     tokens: Array,
     sequence_length: int,
     batch_size: int = 16,
+    n_bytes: int | None = None,
 ) -> float:
     """Bits per byte on ``tokens``, each but the first predicted once.
 
     The text is cut into windows of ``sequence_length`` targets. Each window starts
     without memory, so its first bytes are predicted from little, which costs a few
     percent. Boundaries are predicted too, and their bits count, but they are not bytes.
-    Raises ValueError for lengths below 1 and for a text without a byte to predict.
+    n_bytes is how many bytes tokens[1:] stand for; None counts ids as bytes. Raises
+    ValueError for lengths below 1 and for a text without a byte to predict.
     """
-    n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
+    if n_bytes is None:
+        n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
     if n_bytes == 0 or min(sequence_length, batch_size) < 1:
         raise ValueError(
             f"evaluate: {len(tokens)} tokens with {n_bytes} bytes to predict, windows "
