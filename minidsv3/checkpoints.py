@@ -11,12 +11,10 @@ asked for; `load` is all of them. So loading takes the memory of the model, and 
 than one tensor besides. A copy is compared with its original when that is read.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -31,12 +29,11 @@ from minidsv3.safetensors_files import read_tensors as read_tensors
 from minidsv3.safetensors_files import write_tensors as write_tensors
 from minidsv3.shards import INDEX as INDEX
 from minidsv3.shards import WEIGHTS as WEIGHTS
-from minidsv3.shards import open_folder, packed, write_folder
+from minidsv3.shards import open_folder, packed, version, write_folder
 
 BIAS = "e_score_correction_bias"
 SCALE = "_scale_inv"  # behind the name of a matrix in FP8
 EXPERTS = "mlp.experts."
-CONFIG = "minidsv3_config"  # in the header: the config that they were saved with
 # Angles of RoPE that some older files hold: they follow from rope_theta.
 COMPUTED = "rotary_emb.inv_freq"
 # Copies in an MTP module: name in the module -> the parameter that it repeats.
@@ -96,8 +93,8 @@ def save(
     the weights over several files of at most that size, with an index; only one of them
     is in memory at a time.
 
-    An interruption leaves the old model or the new one, or, between the moments when
-    config, weights and index take their places, a folder that `load` refuses. Raises
+    An interruption leaves the old model or the new one, or, if both differ in their
+    config or in the name of the first file, a folder that `load` refuses. Raises
     ParameterError if the parameters do not fit the config or hold NaN or infinity
     (after rounding, too), ValueError for another dtype or size; then nothing is
     written.
@@ -114,10 +111,9 @@ def save(
     arrays |= {name: params[first] for name, first in _copies(config).items()}
     write_folder(
         Path(folder),
+        config_json.to_text(config, dtype),
         packed({k: _size(k, a, dtype) for k, a in arrays.items()}, max_shard_bytes),
         lambda name: _encoded(name, arrays[name], dtype),
-        {"format": "pt", CONFIG: json.dumps(config_json.to_words(config))},
-        beforehand=partial(config_json.write, config, folder, dtype),
     )
 
 
@@ -176,16 +172,18 @@ def open_lazily(
     A file that has none of the MTP weights is opened as a model without MTP modules,
     with a `CheckpointNotice`. Raises CheckpointError, which names file and tensor, for
     a missing or broken file, a pickle, tensors that are missing, too many, of another
-    shape or type, and a ``config.json`` with which the weights were not saved;
-    ConfigError for one that describes no model of ours.
+    shape or type, and a model that is replaced at this moment; ConfigError for a
+    ``config.json`` that describes no model of ours.
     """
     folder = Path(folder)
-    tensors, notes = open_folder(folder)
+    opened = version(folder)
+    tensors = open_folder(folder)
     told, block = config_json.read_with_block(folder)
+    if version(folder) != opened:  # then the config may be the next one's
+        raise CheckpointError(f"{folder} was replaced while it was opened; try again")
     tensors = {k: t for k, t in tensors.items() if not k.endswith(COMPUTED)}
     config = _without_absent_modules(tensors, told, folder)
     weights = _checked(tensors, config, block, folder)
-    _check_same_config(folder, told, notes)
     return config, LazyParameters(config, weights, dtype)
 
 
@@ -366,21 +364,3 @@ def _scales(
             f"floating-point numbers of shape {shape}"
         )
     return scales
-
-
-def _check_same_config(folder: Path, config: Config, notes: Mapping[str, str]) -> None:
-    """Raise CheckpointError if the weights tell that they were saved with another.
-
-    Ours do; others are believed. Two files cannot take their places in one step.
-    """
-    saved = json.loads(notes.get(CONFIG, "{}"))
-    now = json.loads(json.dumps(config_json.to_words(config)))
-    for name, value in saved.items():
-        if name in now and now[name] != value:
-            raise CheckpointError(
-                f"{folder / 'config.json'} says {name} = {now[name]!r}, but the "
-                f"weights were saved with {value!r}: a save was cut off, or the file "
-                "edited. "
-                "Save the model again, or put the value back and change the Config "
-                "once it is loaded"
-            )

@@ -78,15 +78,19 @@ def write(config: Config, path: str | Path, dtype: str | None = None) -> Path:
     the old file or the new one, never a half.
     """
     path = _file(path)
+    with replacing(path) as beside:
+        beside.write_text(to_text(config, dtype), encoding="utf-8")
+    return path
+
+
+def to_text(config: Config, dtype: str | None = None) -> str:
+    """The text of the file: see `write`."""
     words = to_words(config)
     if dtype is not None:
         quantised = dtype == FP8.name
         words["torch_dtype"] = "bfloat16" if quantised else dtype  # as it is unpacked
         words |= {"quantization_config": QUANTISED} if quantised else {}
-    text = json.dumps(words, indent=2, sort_keys=True) + "\n"
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-    return path
+    return json.dumps(words, indent=2, sort_keys=True) + "\n"
 
 
 def from_words(words: dict) -> Config:

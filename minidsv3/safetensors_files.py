@@ -89,8 +89,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     CheckpointError, with the path, for a file that is broken, cut short or replaced at
     this moment, and for a type that NumPy does not have.
     """
-    opened = _Opened(path)
     try:
+        opened = _Opened(path)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             headers = {
@@ -98,7 +98,12 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             }
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise _broken(path, error) from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut "
+            "short: copy or download it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
     status = os.fstat(opened.number)
     if not os.path.samestat(status, path.stat()):
         raise CheckpointError(f"{path} was replaced while it was opened; try again")
@@ -143,10 +148,3 @@ def fill(
         save_file(whole, path, dict(metadata))
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def _broken(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a readable safetensors file ({error}); it may be cut short: "
-        "copy or download it again"
-    )

@@ -7,9 +7,10 @@ more. A folder with both entries is refused, for one of them is of another model
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,28 @@ from minidsv3.safetensors_files import CheckpointError, Stored, fill, open_tenso
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+OLD_CONFIG = "config.json.old"  # while weights and config take their places
+METADATA = {
+    "format": "pt"
+}  # as released, and as transformers 4 insists; one entry, for
+# the library writes several in any order, and equal models should have equal files
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-AGAIN = re.compile(r"model-\d{5}-of-\d{5}-\d+\.safetensors")  # only `write_folder` does
+SHARD = re.compile(r"model-\d+-of-\d+(-\d+)?\.safetensors")
 
 
 # --- reading ----------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Every tensor of a model, unread, and the metadata of its first file.
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a model, unread.
 
     Raises CheckpointError if there is no model, or only a pickle, or two, and if files
     are missing, broken, or hold something else than the index says.
     """
     entry = _entry(folder)
     if entry.name == WEIGHTS:
-        return open_tensors(entry)
+        return open_tensors(entry)[0]
     homes = _index(entry)
     names = sorted(set(homes.values()))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -44,9 +51,8 @@ def open_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             "files that its index names; complete the download"
         )
     tensors: dict[str, Stored] = {}
-    notes: dict[str, str] = {}
-    for name in reversed(names):
-        found, notes = open_tensors(folder / name)
+    for name in names:
+        found, _ = open_tensors(folder / name)
         promised = {key for key, home in homes.items() if home == name}
         for key in sorted(promised ^ found.keys()):
             here, there = ("a", "no") if key in found else ("no", "a")
@@ -55,7 +61,13 @@ def open_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 "such tensor; the two are of different downloads or saves"
             )
         tensors |= found
-    return tensors, notes
+    return tensors
+
+
+def version(folder: Path) -> tuple:
+    """What changes when the model in ``folder`` is replaced. Raises CheckpointError."""
+    status = _entry(folder).stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _entry(folder: Path) -> Path:
@@ -67,6 +79,12 @@ def _entry(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} holds {WEIGHTS} and {INDEX}, which are two models; a save may "
             "have been cut off. Remove the older of the two"
+        )
+    if (folder / OLD_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: a save was cut off while config and weights took their places. "
+            f"Save the model again; or rename {OLD_CONFIG} to {CONFIG} if the weights "
+            "are older than it"
         )
     if one.is_file() or index.is_file():
         return one if one.is_file() else index
@@ -122,56 +140,74 @@ def packed(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
 
 def write_folder(
     folder: Path,
+    config: str,
     groups: list[list[str]],
     tensors: Callable[[str], dict[str, np.ndarray]],
-    metadata: Mapping[str, str],
-    beforehand: Callable[[], object],
 ) -> None:
     """Replace the model in ``folder``, whole or not at all, one file a group of names.
 
     ``tensors(name)`` gives what the file holds of a name; a group is in memory at a
-    time. ``beforehand()`` is called when all is written and nothing has its name yet.
-    If anything is raised, or the program is killed, up to the moment when the entry
-    gets its name, the old model is there; afterwards, the new one. In between, old
-    entry and new may both be there, if they have different names: then `open_folder`
-    refuses them.
+    time. ``config`` is the text of ``config.json``. Whatever is raised while files are
+    written leaves the old model as it was. Then they take their places, in this order:
+    the old config goes aside if the new one differs, weights and index come, the old
+    entry goes if it had another name, the new config comes. Killed in between, the
+    folder has no config or two entries, and everybody refuses it; else it holds the old
+    model, or the new one.
     """
+    path, entry, other = folder / CONFIG, WEIGHTS, INDEX
+    if len(groups) > 1:
+        entry, other = other, entry
     old = _old_files(folder)
-    alone = len(groups) == 1
-    names = [WEIGHTS] if alone else _free_names(folder, len(groups))
-    homes: dict[str, str] = {}
-    total = 0
-    with ExitStack() as stack:
-        # what is entered first takes its place last
-        index = None if alone else stack.enter_context(replacing(folder / INDEX))
-        for name, group in zip(names, groups, strict=True):
-            beside = stack.enter_context(replacing(folder / name))
-            content = {k: a for one in group for k, a in tensors(one).items()}
-            fill(beside, content, metadata)
-            homes |= dict.fromkeys(content, name)
-            total += sum(a.nbytes for a in content.values())
-        if index:
-            words = {"metadata": {"total_size": total}, "weight_map": homes}
-            index.write_text(
-                json.dumps(words, indent=2, sort_keys=True) + "\n", "utf-8"
-            )
-        beforehand()
-    other = INDEX if alone else WEIGHTS
-    for name in (other, *sorted(old - set(names))):
+    changed = not path.is_file() or path.read_text("utf-8", "replace") != config
+    with replacing(path) if changed else nullcontext() as new_config:
+        if new_config:
+            new_config.write_text(config, "utf-8")
+        with ExitStack() as stack:  # what is entered first takes its place last
+            new_entry = stack.enter_context(replacing(folder / entry))
+            if len(groups) == 1:
+                fill(new_entry, _content(groups[0], tensors), METADATA)
+                names = [entry]
+            else:
+                names = _free_names(folder, len(groups))
+                homes: dict[str, str] = {}
+                total = 0
+                for name, group in zip(names, groups, strict=True):
+                    beside = stack.enter_context(replacing(folder / name))
+                    content = _content(group, tensors)
+                    fill(beside, content, METADATA)
+                    homes |= dict.fromkeys(content, name)
+                    total += sum(array.nbytes for array in content.values())
+                words = {"metadata": {"total_size": total}, "weight_map": homes}
+                text = json.dumps(words, indent=2, sort_keys=True) + "\n"
+                new_entry.write_text(text, "utf-8")
+            if new_config and path.is_file():
+                os.replace(path, folder / OLD_CONFIG)
+        (folder / other).unlink(missing_ok=True)
+    for name in (OLD_CONFIG, *sorted(old - set(names))):
         (folder / name).unlink(missing_ok=True)
 
 
+def _content(
+    group: list[str], tensors: Callable[[str], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    return {key: array for name in group for key, array in tensors(name).items()}
+
+
 def _old_files(folder: Path) -> set[str]:
-    """The files of the index that is there, and what a killed `write_folder` left."""
+    """The files of the index that is there, and shards that no index names.
+
+    A killed `write_folder` may have left those; transformers clears them away, too.
+    """
     left = {file.name for file in folder.glob("model-*.safetensors")}
-    ours = {name for name in left if AGAIN.fullmatch(name)}
+    old = {name for name in left if SHARD.fullmatch(name)}
     try:
-        return ours | set(_index(folder / INDEX).values())
+        named = _index(folder / INDEX).values()
     except CheckpointError:
-        return ours
+        return old
+    return old | {name for name in named if name.endswith(".safetensors")}
 
 
-def _free_names(folder: Path, count: int) -> Iterable[str]:
+def _free_names(folder: Path, count: int) -> list[str]:
     """``model-00001-of-00003.safetensors``, …; with -2, -3, … if such files exist."""
     stems = [f"model-{i + 1:05d}-of-{count:05d}" for i in range(count)]
     round_, names = 1, [f"{stem}.safetensors" for stem in stems]
