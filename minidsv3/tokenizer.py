@@ -125,15 +125,15 @@ def translated(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """
     if isinstance(tokenizer, ByteTokenizer):
         return tokens
-    ends = np.flatnonzero(tokens == corpus.BOUNDARY)
     begin = [] if tokenizer.start is None else [tokenizer.start]
-    pieces = [np.array(begin, np.int64)]
-    for document in np.split(tokens, ends):
-        ids = tokenizer.encode(corpus.decode(document))
-        if document.size and ids[:1].tolist() != begin:
-            pieces.append(np.array(begin, np.int64))
-        pieces.append(ids)
-    return np.concatenate(pieces)
+    ids: list[int] = []
+    for piece in np.split(tokens, np.flatnonzero(tokens == corpus.BOUNDARY)):
+        if piece.size == 0:
+            continue  # before the first boundary
+        new = tokenizer.encode(corpus.decode(piece)).tolist()
+        begins = piece[0] == corpus.BOUNDARY and new[:1] != begin
+        ids += begin + new if begins else new
+    return np.array(ids, np.int64)
 
 
 def _start(path: Path, words: dict[str, int]) -> tuple[int | None, bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidsv3 import checkpoints, parameters, shards
+from minidsv3 import checkpoints, parameters, safetensors_files, shards
 from minidsv3.checkpoints import CheckpointError
 from minidsv3.config import TINY, Config, ConfigError
 
@@ -82,7 +82,7 @@ class Stopped(Exception):
     """The n-th operation was about to be done."""
 
 
-def stop_at(n: int, patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
+def stop_at(n: int, patch: pytest.MonkeyPatch, stop: Callable[[str], None]) -> None:
     """Call `stop` instead of the n-th operation on files; a writer writes a part."""
     left = [n]
 
@@ -91,19 +91,21 @@ def stop_at(n: int, patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None
             left[0] -= 1
             if left[0] < 0:
                 if half:
-                    half(args[0])
-                stop()
+                    half(*args)
+                stop(function.__name__)
             return function(*args, **kwargs)
 
         return wrapper
 
-    def garbage(path: Path) -> None:
+    def garbage(*arguments: object) -> None:
+        [path] = (one for one in arguments if isinstance(one, Path))
         with open(path, "wb") as file:
             file.write(b"half a fi")
 
     for name in ("replace", "unlink", "fsync"):
         patch.setattr(os, name, counted(getattr(os, name)))
-    patch.setattr(shards, "fill", counted(shards.fill, garbage))
+    writer = counted(safetensors_files.save_file, garbage)
+    patch.setattr(safetensors_files, "save_file", writer)
     patch.setattr(Path, "write_text", counted(Path.write_text, garbage))
 
 
@@ -112,7 +114,7 @@ def dies(folder: Path, what: tuple, n: int) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            stop_at(n, pytest.MonkeyPatch(), lambda: os._exit(7))
+            stop_at(n, pytest.MonkeyPatch(), lambda _: os._exit(7))
             put(folder, what, seed=2)
             os._exit(0)
         finally:
@@ -156,20 +158,13 @@ def test_killed_at_any_moment(tmp_path, change: str) -> None:
     check_killed(tmp_path, change)
 
 
-def noted(replace: Callable, patch: pytest.MonkeyPatch) -> list[tuple]:
-    """A list that grows by a pair of names with each renaming."""
-    calls: list[tuple] = []
-    patch.setattr(os, "replace", lambda *names: (calls.append(names), replace(*names)))
-    return calls
-
-
 def check_failing(folder: Path, change: str) -> None:
     """The same with an error instead: and no half files are left."""
     old, new = CHANGES[change]
     wanted = models(folder, old, new)
 
-    def stop() -> None:
-        raise OSError("the disk is gone")
+    def stop(operation: str) -> None:
+        raise OSError(operation)
 
     for n in range(1000):
         run = folder / f"run {n}"
@@ -177,18 +172,17 @@ def check_failing(folder: Path, change: str) -> None:
         before = {f.name: f.read_bytes() for f in run.glob("*")}
         with pytest.MonkeyPatch.context() as patch:
             stop_at(n, patch, stop)
-            renamed = noted(os.replace, patch)
             try:
                 put(run, new, seed=2)
-                failed = False
-            except OSError:
-                failed = True
+                failed = None
+            except OSError as error:
+                failed = str(error)
         for reader, (one, other) in zip(READERS, wanted, strict=True):
             assert reader(run) in (one, other, None), (change, n)
-        if failed and not renamed:  # while files were written: nothing has happened
+        if failed in ("save_file", "write_text"):  # nothing has happened
             after = {f.name: f.read_bytes() for f in run.glob("*")}
-            assert {k: a for k, a in after.items() if ".part" not in k} == before
-        if not failed:
+            assert after == before
+        if failed is None:
             break
     assert seen(run) == wanted[0][1]
 

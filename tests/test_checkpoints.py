@@ -18,7 +18,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minidsv3 import checkpoints, config_json, fp8, parameters, shards
+from minidsv3 import (
+    checkpoints,
+    config_json,
+    fp8,
+    parameters,
+    safetensors_files,
+    shards,
+)
 from minidsv3.config import TINY, V3, Config
 from tests.test_config import RELEASED
 
@@ -103,6 +110,7 @@ def check_types(folder: Path, dtype: str) -> None:
     quantised = {n for n in tensors if fp8.is_quantised(n)}
     assert scaled == (quantised if dtype == "float8_e4m3fn" else set())
     for copy, first in checkpoints.COPIES.items():
+        assert f"model.layers.2.{copy}" in tensors
         assert torch.equal(tensors[f"model.layers.2.{copy}"], tensors[first])
 
     config, loaded = checkpoints.load(folder)
@@ -288,6 +296,27 @@ def check_lazily(folder: Path) -> None:
 
 def test_a_model_can_be_read_tensor_by_tensor(tmp_path) -> None:
     check_lazily(tmp_path)
+
+
+def check_unread(folder: Path) -> None:
+    """Opening reads no number, and an access those of one parameter and its copies."""
+    checkpoints.save(folder, WIDE, fresh(), "float8_e4m3fn", max_shard_bytes=60_000)
+    read = []
+    mapped = safetensors_files.Stored.mapped
+    with pytest.MonkeyPatch.context() as patch:
+        noted = lambda one: (read.append(one.shape), mapped(one))[1]  # noqa: E731
+        patch.setattr(safetensors_files.Stored, "mapped", noted)
+        _, lazy = checkpoints.open_lazily(folder)
+        assert not read
+        lazy["model.layers.0.mlp.up_proj.weight"]
+        assert sorted(read) == [(2, 2), (200, 131)]
+        read.clear()
+        lazy["lm_head.weight"]
+        assert read == [(257, 131)] * 3
+
+
+def test_opening_reads_nothing(tmp_path) -> None:
+    check_unread(tmp_path)
 
 
 def test_opened_it_stays_one_model(tmp_path, params) -> None:
