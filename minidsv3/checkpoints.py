@@ -188,7 +188,7 @@ def open_lazily(
 
 
 @dataclass(frozen=True)
-class _Weight:
+class Weight:
     """A tensor of the file, with its scales if it is in FP8."""
 
     stored: Stored
@@ -224,7 +224,7 @@ class LazyParameters(Mapping[str, np.ndarray]):
     """
 
     def __init__(
-        self, config: Config, weights: dict[str, _Weight], dtype: type | None
+        self, config: Config, weights: dict[str, Weight], dtype: type | None
     ) -> None:
         self._shapes = shapes(config)
         self._copies = _copies(config)
@@ -249,7 +249,7 @@ class LazyParameters(Mapping[str, np.ndarray]):
                 place[band] = values
         return array
 
-    def _type(self, name: str, ones: list[_Weight]) -> np.dtype:
+    def _type(self, name: str, ones: list[Weight]) -> np.dtype:
         if self._dtype is None:
             return np.result_type(*{one.dtype for one in ones})
         return np.promote_types(
@@ -257,7 +257,7 @@ class LazyParameters(Mapping[str, np.ndarray]):
         )
 
 
-def _compare(copy: str, its: _Weight, name: str, first: _Weight) -> None:
+def _compare(copy: str, its: Weight, name: str, first: Weight) -> None:
     """Raise CheckpointError unless a copy has the numbers of its original."""
     for (_, a), (_, b) in zip(first.bands(), its.bands(), strict=True):
         if not np.array_equal(a, b):
@@ -288,7 +288,7 @@ def _without_absent_modules(
 
 def _checked(
     tensors: Mapping[str, Stored], config: Config, block: tuple | None, folder: Path
-) -> dict[str, _Weight]:
+) -> dict[str, Weight]:
     """Each weight that the config asks for, by its name in the file, and no other."""
     table = shapes(config)
     expected = {
@@ -316,7 +316,7 @@ def _weight(
     shape: tuple[int, ...],
     block: tuple | None,
     folder: Path,
-) -> _Weight:
+) -> Weight:
     """One weight, which must be there, and as the config asks for it."""
     if name not in tensors:
         raise CheckpointError(
@@ -337,7 +337,7 @@ def _weight(
             f"{stored.path}: {name} is of type {stored.dtype}; give it in FP8 blocks, "
             "bfloat16 or float32"
         )
-    return _Weight(stored, scales, block or fp8.BLOCK)
+    return Weight(stored, scales, block or fp8.BLOCK)
 
 
 def _scales(

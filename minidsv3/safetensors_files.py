@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
     """A file that is missing, broken, or does not belong to its config."""
 
 
-class _Opened:
+class OpenFile:
     """A file that stays the same to its readers, though another takes its name."""
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class _Opened:
 class Stored:
     """A tensor in a file: its type and shape are known, its numbers not yet read."""
 
-    file: _Opened
+    file: OpenFile
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int  # byte in the file
@@ -90,7 +90,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     this moment, and for a type that NumPy does not have.
     """
     try:
-        opened = _Opened(path)
+        opened = OpenFile(path)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             headers = {
