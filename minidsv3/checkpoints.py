@@ -197,6 +197,7 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype:
+        """The type that its numbers are meant in."""
         return BFLOAT16 if self.scales else self.stored.dtype
 
     def bands(self) -> Iterator[tuple[slice, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""One tensor at a time: what is read, when, how much memory it takes, and whose it is."""
+"""One tensor at a time: what is read, when, how much memory it takes, whose it is."""
 
 import dataclasses
 import math
