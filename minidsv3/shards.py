@@ -165,18 +165,17 @@ def write_folder(
         with ExitStack() as stack:  # what is entered first takes its place last
             new_entry = stack.enter_context(replacing(folder / entry))
             if len(groups) == 1:
-                fill(new_entry, _content(groups[0], tensors), METADATA)
                 names = [entry]
+                _fill(new_entry, groups[0], tensors)
             else:
                 names = _free_names(folder, len(groups))
                 homes: dict[str, str] = {}
                 total = 0
                 for name, group in zip(names, groups, strict=True):
                     beside = stack.enter_context(replacing(folder / name))
-                    content = _content(group, tensors)
-                    fill(beside, content, METADATA)
-                    homes |= dict.fromkeys(content, name)
-                    total += sum(array.nbytes for array in content.values())
+                    sizes = _fill(beside, group, tensors)
+                    homes |= dict.fromkeys(sizes, name)
+                    total += sum(sizes.values())
                 words = {"metadata": {"total_size": total}, "weight_map": homes}
                 text = json.dumps(words, indent=2, sort_keys=True) + "\n"
                 new_entry.write_text(text, "utf-8")
@@ -187,10 +186,13 @@ def write_folder(
         (folder / name).unlink(missing_ok=True)
 
 
-def _content(
-    group: list[str], tensors: Callable[[str], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    return {key: array for name in group for key, array in tensors(name).items()}
+def _fill(
+    path: Path, group: list[str], tensors: Callable[[str], dict[str, np.ndarray]]
+) -> dict[str, int]:
+    """Write a group of names to a file; returns the bytes of each tensor in it."""
+    content = {key: array for name in group for key, array in tensors(name).items()}
+    fill(path, content, METADATA)
+    return {key: array.nbytes for key, array in content.items()}
 
 
 def _old_files(folder: Path) -> set[str]:

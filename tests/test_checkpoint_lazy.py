@@ -126,3 +126,19 @@ def check_memory(folder: Path) -> None:
 
 def test_loading_takes_the_models_own_size(tmp_path) -> None:
     check_memory(tmp_path)
+
+
+def check_memory_of_saving(folder: Path) -> None:
+    """One file is in memory at a time, and one matrix in float32 on its way."""
+    params = parameters.initialise(BIG, 0, 0.1)
+    most = 20_000_000
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        peak, _ = peak_of(
+            lambda dtype=dtype: checkpoints.save(folder, BIG, params, dtype, most)
+        )
+        assert len(list(folder.glob("*.safetensors"))) > 2
+        assert peak <= most + 5 * params["lm_head.weight"].nbytes
+
+
+def test_saving_holds_a_file_at_a_time(tmp_path) -> None:
+    check_memory_of_saving(tmp_path)

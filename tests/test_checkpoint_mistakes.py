@@ -212,6 +212,12 @@ WRITING = {
     "shards larger than asked": (
         shards, [("size > room and groups[-1]", "room < 0 and groups[-1]")],
         files.check_shards),
+    "all files in memory": (
+        shards, [("    fill(path, content, METADATA)\n",
+                  "    fill(path, content, METADATA)\n"
+                  "    KEPT.append(content)\n"),
+                 ("PICKLES = (", "KEPT = []\nPICKLES = (")],
+        lazy.check_memory_of_saving),
     "scales are not counted": (
         checkpoints, [("return array.size * kind.itemsize + 4 * scales",
                        "return array.size * kind.itemsize")],
