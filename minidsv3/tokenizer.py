@@ -84,7 +84,7 @@ class FileTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text: int64 (N,), with the start in front if the settings say so."""
-        text.encode()  # raises UnicodeEncodeError, the library something else
+        text.encode()  # half a surrogate: the library raises a TypeError
         ids = self._inner.encode(text).ids
         if self._always and ids[:1] != [self.start]:
             ids = [self.start, *ids]
