@@ -15,6 +15,10 @@ The map, mechanism by implementation. Imports point downwards only::
     gpu           simulator · dialect · threads · warps · memory · binding · reports
     parameters    names and shapes of every parameter
     checkpoints   models on disk, in DeepSeek's layout
+    fp8           matrices in 8 bits, a scale for each block
+    shards        a model's files in a folder: one, or several with an index
+    safetensors_files  one of them: mapped, or written whole
+    tokenizer     text -> ids -> bytes
     corpus        text -> bytes -> batches
     yardsticks    what a model must beat: unigram, bigram, xz
     config        one frozen Config in DeepSeek's words

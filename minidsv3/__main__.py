@@ -10,6 +10,7 @@ import numpy as np
 
 from minidsv3 import checkpoints, config, corpus, parameters
 from minidsv3.options import BadOption, parser
+from minidsv3.tokenizer import Tokenizer, TokenizerError, load_tokenizer, translated
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         corpus.CorpusError,
         parameters.ParameterError,
         BadOption,
+        TokenizerError,
         FloatingPointError,
         MemoryError,
         NotImplementedError,
@@ -62,17 +64,12 @@ def _generate(options: argparse.Namespace) -> int:
         check_sampling(options.temperature, options.top_p)
     except ValueError as error:
         raise BadOption(str(error)) from error
-    params, model = _load(options.model)
+    model, params, tokenizer = _load(options.model)
     longest = model.max_position_embeddings
-    prompt = np.array([corpus.BOUNDARY])  # without a prompt, begin a document
-    if options.prompt:
-        try:
-            prompt = corpus.encode(options.prompt).astype(np.int64)
-        except UnicodeEncodeError as error:
-            raise BadOption(f"--prompt is not UTF-8 text: {error}") from error
+    prompt = _prompt(options.prompt, tokenizer)
     if len(prompt) > longest:
         raise BadOption(
-            f"--prompt has {len(prompt)} bytes, this model reads at most {longest}"
+            f"--prompt has {len(prompt)} tokens, this model reads at most {longest}"
         )
     room = longest - len(prompt) + 1  # the last token is not read again
     if not 1 <= options.max_new_tokens <= room:
@@ -80,28 +77,44 @@ def _generate(options: argparse.Namespace) -> int:
             f"--max-new-tokens {options.max_new_tokens}: with a prompt of "
             f"{len(prompt)} tokens this model has room for 1 to {room}"
         )
-    _write(prompt)
+    _write(tokenizer.decode(prompt))
     sampling = (options.temperature, options.top_p, options.seed)
     asked = (params, model, prompt[None], options.max_new_tokens, *sampling)
     drafting = model.num_nextn_predict_layers > 0 and not options.no_speculative
-    (_write_speculating if drafting else _write_stream)(asked)
+    (_write_speculating if drafting else _write_stream)(asked, tokenizer)
     return 0
 
 
-def _write_stream(asked: tuple) -> None:
+def _prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a prompt; without one, the id that begins a document."""
+    try:
+        ids = tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        raise BadOption(f"--prompt is not UTF-8 text: {error}") from error
+    if ids.size:
+        return ids
+    if tokenizer.start is None:
+        raise BadOption(
+            "--prompt is empty, and the tokenizer names no token that begins a "
+            "document; give some text"
+        )
+    return np.array([tokenizer.start])
+
+
+def _write_stream(asked: tuple, tokenizer: Tokenizer) -> None:
     from minidsv3.generation.numpy_ref import stream
 
     for ids in stream(*asked):
-        _write(ids)
+        _write(tokenizer.decode(ids))
     print()
 
 
-def _write_speculating(asked: tuple) -> None:
+def _write_speculating(asked: tuple, tokenizer: Tokenizer) -> None:
     """The text, and on stderr what became of the drafts."""
     from minidsv3.generation.numpy_ref import speculate
 
     for new, so_far in speculate(*asked):
-        _write(new[0])
+        _write(tokenizer.decode(new[0]))
         counts = so_far
     print()
     if counts.drafts:
@@ -113,19 +126,19 @@ def _write_speculating(asked: tuple) -> None:
         )
 
 
-def _load(folder: str) -> tuple[dict[str, np.ndarray], config.Config]:
+def _load(folder: str) -> tuple[config.Config, dict[str, np.ndarray], Tokenizer]:
     """The model in a folder; what is remarkable about its file goes to stderr."""
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", checkpoints.CheckpointNotice)
-        params, model = checkpoints.load(folder)
+        model, params = checkpoints.load(folder)
     for notice in notices:
         print(f"minidsv3: {notice.message}", file=sys.stderr)
-    return params, model
+    return model, params, load_tokenizer(folder, model.vocab_size)
 
 
-def _write(ids: np.ndarray) -> None:
-    """Print ids as raw bytes: a character may be spread over several of them."""
-    sys.stdout.buffer.write(bytes(i for i in ids.tolist() if i < corpus.BOUNDARY))
+def _write(some: bytes) -> None:
+    """Print raw bytes: a character may be spread over several tokens."""
+    sys.stdout.buffer.write(some)
     sys.stdout.buffer.flush()
 
 
@@ -133,7 +146,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from minidsv3.training import run_folder
     from minidsv3.training.numpy_ref import evaluate
 
-    params, model = _load(options.model)
+    model, params, tokenizer = _load(options.model)
     trained_length, trained_text = run_folder.identity(Path(options.model))
     length = options.sequence_length or trained_length or model.max_position_embeddings
     if length > model.max_position_embeddings:
@@ -145,8 +158,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if trained_text not in (None, text.sha256):  # another text: nothing is held out
         tokens = np.append(text.train[:-1], text.held_out)
         which = "tokens of another text"
-    bits = evaluate(params, model, tokens, length)
-    print(f"{bits:.4f} bits per byte on {len(tokens):,} {which}, windows of {length}")
+    n_bytes = int(np.count_nonzero(tokens[1:] != corpus.BOUNDARY))
+    ids = translated(tokens, tokenizer)
+    bits = evaluate(params, model, ids, length, n_bytes=n_bytes)
+    print(f"{bits:.4f} bits per byte on {len(ids):,} {which}, windows of {length}")
     return 0
 
 

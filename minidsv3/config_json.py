@@ -3,15 +3,19 @@
 Written files have the form of the released one (``rope_theta`` and ``rope_scaling``).
 Read are that form and the newer one of transformers 5 (``rope_parameters``). A file
 says ``"model_type": "deepseek_v3"`` only if transformers can build the model; a plain
-transformer says ``"minidsv3"``.
+transformer says ``"minidsv3"``. How the weights beside it are stored (``torch_dtype``,
+``quantization_config``) is no part of a `Config`; it is written and read here too.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from typing import TypeVar
 
 from minidsv3.config import Config, ConfigError, Yarn
 from minidsv3.files import replacing
+from minidsv3.fp8 import BLOCK, FP8
 
 # Keys that are no field of ours and whose other values would change the computation.
 ONLY_MEANINGS = {"attention_dropout": 0.0, "mlp_bias": False, "rope_interleave": True}
@@ -22,6 +26,14 @@ MAY_BE_ABSENT = {
     *("attention_bias", "tie_word_embeddings", "rms_norm_eps"),
     *("rope_theta", "rope_scaling", "num_nextn_predict_layers"),
 }
+QUANTISED = {  # as released; "dynamic" is about activations, which no file holds
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": list(BLOCK),
+}
+Block = tuple[int, int]
+Parsed = TypeVar("Parsed")
 
 
 def read(path: str | Path) -> Config:
@@ -32,6 +44,18 @@ def read(path: str | Path) -> Config:
     name, if there is no such file, if it is not JSON, or if it describes a model that
     this library does not have: another ``model_type``, softmax routing, biases, ….
     """
+    return _parsed(path, from_words)
+
+
+def read_with_block(path: str | Path) -> tuple[Config, Block | None]:
+    """Like `read`, with the size of the blocks if the weights beside it are in FP8.
+
+    Raises `ConfigError`, too, for weights that are quantised in any other way.
+    """
+    return _parsed(path, lambda words: (from_words(words), _block(words)))
+
+
+def _parsed(path: str | Path, parse: Callable[[dict], Parsed]) -> Parsed:
     path = _file(path)
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
@@ -40,22 +64,33 @@ def read(path: str | Path) -> Config:
     except (OSError, ValueError, RecursionError) as error:  # or nested too deep
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     try:
-        return from_words(words)
+        return parse(words)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write(config: Config, path: str | Path) -> Path:
+def write(config: Config, path: str | Path, dtype: str | None = None) -> Path:
     """Write `path` (``….json``, or a folder that gets a ``config.json``); returns it.
 
-    The text goes to a file beside it first and is then renamed, so that an
-    interruption leaves the old file or the new one, never a half.
+    dtype is that of the weights beside it, "float32", "bfloat16" or "float8_e4m3fn"
+    (then a ``quantization_config`` is written, too); None says nothing of it. The text
+    goes to a file beside it first and is then renamed, so that an interruption leaves
+    the old file or the new one, never a half.
     """
     path = _file(path)
-    text = json.dumps(to_words(config), indent=2, sort_keys=True) + "\n"
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(to_text(config, dtype), encoding="utf-8")
     return path
+
+
+def to_text(config: Config, dtype: str | None = None) -> str:
+    """The text of the file: see `write`."""
+    words = to_words(config)
+    if dtype is not None:
+        quantised = dtype == FP8.name
+        words["torch_dtype"] = "bfloat16" if quantised else dtype  # as it is unpacked
+        words |= {"quantization_config": QUANTISED} if quantised else {}
+    return json.dumps(words, indent=2, sort_keys=True) + "\n"
 
 
 def from_words(words: dict) -> Config:
@@ -114,6 +149,30 @@ def _check_model_type(words: dict) -> None:
             needed = field.name not in MAY_BE_ABSENT
         if absent and needed:
             raise ConfigError(f"{field.name} is missing; it has no safe default")
+
+
+def _block(words: dict) -> Block | None:
+    """The size of the FP8 blocks (rows, columns); None if nothing is quantised."""
+    told = words.get("quantization_config")
+    if told is None:
+        return None
+    if not isinstance(told, dict):
+        raise ConfigError(f"quantization_config = {told!r}: must be an object or null")
+    for name in ("quant_method", "fmt"):  # transformers leaves the second out
+        value, only = told.get(name), QUANTISED[name]
+        if value != only and not (name == "fmt" and value is None):
+            raise ConfigError(
+                f"quantization_config.{name} = {value!r}: must be {only!r}; give the "
+                "weights in FP8 blocks, bfloat16 or float32"
+            )
+    block = told.get("weight_block_size")
+    pair = isinstance(block, list) and len(block) == 2
+    if not (pair and all(type(n) is int and n > 0 for n in block)):
+        raise ConfigError(
+            f"quantization_config.weight_block_size = {block!r}: must be two positive "
+            f"whole numbers, as {list(BLOCK)}"
+        )
+    return tuple(block)
 
 
 def _rope(words: dict) -> dict:

@@ -23,8 +23,8 @@ from minidsv3.training.numpy_ref import evaluate, new_state, train
 ROOT = Path(__file__).parent.parent
 SIZES = "hidden_size=16 intermediate_size=24 num_hidden_layers=1 qk_rope_head_dim=8"
 SETTINGS = [word for pair in SIZES.split() for word in ("--set", pair)]
-TRAIN = ["train", *SETTINGS, "--batch-size", "2", "--sequence-length", "16",
-         "--warmup-steps", "2"]  # fmt: skip
+TRAIN = ["train", "--backend", "numpy", *SETTINGS, "--batch-size", "2",
+         "--sequence-length", "16", "--warmup-steps", "2"]  # fmt: skip
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def minidsv3(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoints.load(folder)[0]
+    return checkpoints.load(folder)[1]
 
 
 def test_train_evaluate_generate(tmp_path: Path, text: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_command_does_what_the_library_does(
                 "--warmup-steps", "0"]  # fmt: skip
     assert main([*TRAIN, "--text", str(text), "--out", out, *settings]) == 0
     words = load_corpus(text)
-    params, config = checkpoints.load(out)
+    config, params = checkpoints.load(out)
     recipe = TrainConfig(
         steps=1, batch_size=2, sequence_length=16, warmup_steps=0, seed=5, init_std=0.5
     )
@@ -202,7 +202,7 @@ def test_too_little_text(tmp_path: Path, capsys) -> None:
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--top-p", "0"], "top_p is 0"),
         (["--max-new-tokens", "600"], "room for 1 to 512"),
-        (["--prompt", "x" * 513], "513 bytes, this model reads at most 512"),
+        (["--prompt", "x" * 513], "513 tokens, this model reads at most 512"),
         (["--prompt", "\udcff"], "not UTF-8"),
         (["--model", "nowhere"], "nowhere holds no model.safetensors"),
     ],
@@ -249,11 +249,20 @@ def test_changes_that_are_possible_only_together(tmp_path: Path, text: Path) -> 
     heads = ["--set", "num_attention_heads=3", "--set", "num_key_value_heads=3"]
     given = [*TRAIN, "--text", str(text), "--out", str(tmp_path / "run"), *heads]
     assert main([*given, "--steps", "1", "--warmup-steps", "1"]) == 0
-    assert checkpoints.load(tmp_path / "run")[1].num_attention_heads == 3
+    assert checkpoints.load(tmp_path / "run")[0].num_attention_heads == 3
 
 
 def test_a_short_run_shortens_its_warm_up(tmp_path: Path, text: Path) -> None:
-    given = ["train", *SETTINGS, "--text", str(text), "--out", str(tmp_path / "run")]
+    given = [
+        "train",
+        "--backend",
+        "numpy",
+        *SETTINGS,
+        "--text",
+        str(text),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     low = ["--steps", "3", "--learning-rate", "1e-5", "--sequence-length", "8"]
     assert main([*given, *low]) == 0
 
@@ -308,7 +317,7 @@ def test_a_model_with_mtp_from_training_to_text(
         total, main_nats, *further = map(float, np.array(row.split(","))[[1, 5, 6, 7]])
         weight = 0.1 if row.startswith("4,") else 0.3  # 3 of 4 steps begin early
         assert total == pytest.approx(main_nats + weight / 2 * sum(further), rel=1e-6)
-    params, config = checkpoints.load(out)
+    config, params = checkpoints.load(out)
     assert config.num_nextn_predict_layers == 2
 
     assert main(["evaluate", "--model", str(out), "--text", str(text)]) == 0

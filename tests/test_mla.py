@@ -953,7 +953,7 @@ def test_the_commands_train_and_write(tmp_path, a_text, capfdbinary) -> None:  #
     sizes = [word for pair in SIZES.split() for word in ("--set", pair)]
     asked = [*TRAIN, *sizes, "--mtp", "1", "--text", str(a_text), "--out", out]
     assert main([*asked, "--steps", "4"]) == 0
-    params, config = checkpoints.load(out)
+    config, params = checkpoints.load(out)
     assert config.kv_lora_rank == 6 and config.qk_nope_head_dim == 5
     assert params["model.layers.1.self_attn.kv_b_proj.weight"].shape == (4 * 12, 6)
     assert main(["evaluate", "--model", out, "--text", str(a_text)]) == 0

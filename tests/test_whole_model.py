@@ -148,7 +148,7 @@ def check_same_logits(params: dict, config: Config, peer, dtype=torch.float32) -
 
 def check_ours_are_theirs(folder: Path, config: Config) -> None:
     params = as_float32(fresh(config))
-    checkpoints.save(folder, params, config)
+    checkpoints.save(folder, config, params)
     check_same_logits(params, config, from_file(folder))
 
 
@@ -160,7 +160,7 @@ def test_a_file_of_ours_has_the_same_logits_there(tmp_path, config: Config) -> N
 def check_theirs_are_ours(folder: Path, config: Config, **options) -> None:
     peer = from_dice(trunk(config))
     peer.save_pretrained(folder, **options)
-    params, read = checkpoints.load(folder)
+    read, params = checkpoints.load(folder)
     assert read == trunk(config)
     check_same_logits(params, read, peer)
 
@@ -184,8 +184,8 @@ def biases_of(params: dict) -> dict:
 def check_half_files(folder: Path, config: Config = TINY) -> None:
     """Rounded once, in whichever direction; the biases not at all."""
     params = as_float32(fresh(config))
-    checkpoints.save(folder / "ours", params, config, dtype="bfloat16")
-    rounded, _ = checkpoints.load(folder / "ours")
+    checkpoints.save(folder / "ours", config, params, dtype="bfloat16")
+    _, rounded = checkpoints.load(folder / "ours")
     assert same(biases_of(rounded), biases_of(params))
     assert not np.array_equal(rounded["lm_head.weight"], params["lm_head.weight"])
     peer = from_file(folder / "ours", dtype=torch.float32)
@@ -193,7 +193,7 @@ def check_half_files(folder: Path, config: Config = TINY) -> None:
 
     from_file(folder / "ours", dtype=torch.bfloat16).save_pretrained(folder / "theirs")
     with pytest.warns(checkpoints.CheckpointNotice, match="no MTP weights"):
-        again, read = checkpoints.load(folder / "theirs")
+        read, again = checkpoints.load(folder / "theirs")
     assert read == trunk(config)
     assert same(again, {name: rounded[name] for name in again})
 
@@ -213,7 +213,7 @@ def check_drafts_are_theirs(folder: Path, config: Config, patch) -> None:
     names = [rf"model\.layers\.{L}\..*"]
     patch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", names)
     params = as_float32(fresh(config))
-    checkpoints.save(folder, params, config)
+    checkpoints.save(folder, config, params)
     peer = from_file(folder)
     theirs = MtpModel.from_pretrained(peer).eval()
     tokens = clear_cut(params, config)
@@ -267,7 +267,7 @@ def test_every_gradient_of_the_trunk_is_transformers(tmp_path, config: Config) -
     """In float32, which it computes routers and norms in whatever it is given."""
     config = trunk(config)
     params = as_float32(fresh(config))
-    checkpoints.save(tmp_path, params, config)
+    checkpoints.save(tmp_path, config, params)
     peer, tokens = from_file(tmp_path), clear_cut(params, config)
     silent = dataclasses.replace(RECIPE, balance_weight=0.0)
     losses, grads, _ = model.loss_and_grads(params, config, tokens, silent)

@@ -223,32 +223,35 @@ CACHES = {
         drafting),
 }  # fmt: skip
 
-APART = '{i}.{after}": a for i, a in enumerate(array)}'
-JOINED = "np.stack([params.pop(one) for one in ones])"
-ROUNDED = "k: a if k.endswith(BIAS) else a.astype(dtype)"
+APART = "arrays |= zip(ones, array if len(ones) > 1 else [array], strict=True)"
+JOINED = "place[band] = values"
+ONES = "ones = [self._weights[one] for one in _parts(name, shape)]"
+ROUNDED = "    if name.endswith(BIAS):\n        return np.dtype(np.float32)\n"
 FILES = {
     "experts transposed in the file": (
-        checkpoints, [(APART, APART.replace(": a ", ": a.T "))], square_experts),
+        checkpoints, [(APART, APART.replace("array if", "array.swapaxes(-1, -2) if"))],
+        square_experts),
     "experts transposed in memory": (
-        checkpoints, [(JOINED, JOINED.replace("(one)", "(one).T"))],
+        checkpoints, [(JOINED, "(place.T if len(ones) > 1 else place)[band] = values")],
         square_experts_of_theirs),
     "experts in the order of their names: 0, 1, 10": (
-        checkpoints, [("for i in range(count)]",
-                       "for i in sorted(range(count), key=str)]")], file_of_theirs),
+        checkpoints, [(ONES, ONES.replace("_parts(name, shape)",
+                                          "sorted(_parts(name, shape))"))],
+        file_of_theirs),
     "experts backwards, there and back": (
-        checkpoints, [(APART, APART.replace("(array)", "(array[::-1])")),
-                      (JOINED, JOINED + "[::-1]")], logits),
+        checkpoints, [(APART, APART.replace("(ones,", "(ones[::-1],")),
+                      (ONES, ONES + "[::-1]")], logits),
     "gate and up exchanged in the file": (
-        checkpoints, [(APART, APART.replace(
-            "{after}", "{dict(gate='up', up='gate').get(after[:-12], 'down')}"
-            "_proj.weight"))], logits),
+        checkpoints, [(APART, "ones = [one.replace('gate_proj', 'x_proj').replace("
+                       "'up_proj', 'gate_proj').replace('x_proj', 'up_proj') "
+                       "for one in ones]\n        " + APART)], logits),
     "biases rounded with the weights": (
-        checkpoints, [(ROUNDED, "k: a.astype(dtype)")], whole.check_half_files),
+        checkpoints, [(ROUNDED, "")], whole.check_half_files),
     "biases left out of the rounding, and weights too": (
-        checkpoints, [(ROUNDED, "k: a")], whole.check_half_files),
+        checkpoints, [(ROUNDED, "    return np.dtype(np.float32)\n")],
+        whole.check_half_files),
     "no bias comes out of the file": (
-        checkpoints, [("a.astype(dtype, copy=False) for name",
-                       "a.astype(dtype) * (not name.endswith(BIAS)) for name")],
+        checkpoints, [(JOINED, "place[band] = values * (not name.endswith(BIAS))")],
         file_of_theirs),
 }  # fmt: skip
 

@@ -23,8 +23,8 @@ from tests.test_cli import ROOT, minidsv3, text, wait_for_log  # noqa: F401, a f
 from tests.test_moe_model import is_bias
 from tests.test_training import same
 
-TRAIN = ["train", "--preset", "tiny", "--batch-size", "4", "--sequence-length", "24",
-         "--set", "bias_update_speed=0.01"]  # fmt: skip
+TRAIN = ["train", "--backend", "numpy", "--preset", "tiny", "--batch-size", "4",
+         "--sequence-length", "24", "--set", "bias_update_speed=0.01"]  # fmt: skip
 
 
 # --- bit for bit ----------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_from_training_to_text(
     for word in (b"bits per byte", b"mtp_1", b"balance 2."):
         assert word in said.err.splitlines()[-1].split(b"\r")[-1]
     check_log(out, text)
-    params, config = checkpoints.load(out)
+    config, params = checkpoints.load(out)
     assert config == TINY
     for name in filter(is_bias, params):
         steps = params[name] / 0.01
@@ -161,7 +161,7 @@ def test_every_kind_of_size_can_be_set(tmp_path: Path, text: Path) -> None:  # n
     words = [w for k, v in changes.items() for w in ("--set", f"{k}={v}")]
     recipe = ["--set", "balance_weight=0.5", "--set", "mtp_weight=0.25"]
     trained(tmp_path / "run", text, *words, *recipe, steps=2)
-    config = checkpoints.load(tmp_path / "run")[1]
+    config = checkpoints.load(tmp_path / "run")[0]
     assert {name: getattr(config, name) for name in changes} == changes
     header, first, _ = (tmp_path / "run" / run_folder.LOG).read_text().splitlines()
     row = dict(zip(header.split(","), map(float, first.split(",")), strict=True))
@@ -215,12 +215,13 @@ def test_impossible_values_are_explained_by_name(
 
 def test_the_mini_model_trains(tmp_path: Path, text: Path) -> None:  # noqa: F811
     out = tmp_path / "run"
-    done = minidsv3("train", "--preset", "mini", "--steps", "2", "--batch-size", "2",
+    done = minidsv3("train", "--backend", "numpy", "--preset", "mini",
+                    "--steps", "2", "--batch-size", "2",
                     "--text", text, "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{parameters.count(MINI):,} parameters" in done.stdout
     assert "2/2" in done.stderr and "balance" in done.stderr
-    assert checkpoints.load(out)[1] == MINI
+    assert checkpoints.load(out)[0] == MINI
     assert (out / checkpoints.WEIGHTS).stat().st_size > 4 * parameters.count(MINI)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -195,29 +196,58 @@ class DeepSeekV3(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "DeepSeekV3":
-        """Read a model; see `checkpoints.load` for what is refused."""
-        params, config = checkpoints.load(folder)
+        """Read a model in DeepSeek's layout, one tensor at a time.
+
+        dtype None keeps that of the file (FP8 becomes bfloat16). What is refused, and
+        how, stands with `checkpoints.open_lazily`.
+        """
+        config, params = checkpoints.open_lazily(folder, _NUMPY[dtype])
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(tensors(params), assign=True)
-        return model.to(device, dtype)
+        for name, array in params.items():
+            one = {name: _tensor(array).to(device)}
+            model.load_state_dict(one, strict=False, assign=True)
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Write the model; see `checkpoints.save` for ``dtype``."""
-        checkpoints.save(folder, arrays(self), self.config, dtype)
+        """Write the model; see `checkpoints.save` for ``dtype`` and what is refused."""
+        checkpoints.save(folder, self.config, arrays(self), dtype)
+
+
+# --- the border to NumPy ------------------------------------------------------------
+
+_NUMPY = {
+    None: None,
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bfloat16: ml_dtypes.bfloat16,
+}
 
 
 def tensors(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """The NumPy dict as a state dict: the same memory, no copy."""
-    return {name: torch.from_numpy(array) for name, array in params.items()}
+    return {name: _tensor(array) for name, array in params.items()}
 
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
     """The state dict as the NumPy dict; on the processor the same memory."""
-    return {n: t.detach().cpu().numpy() for n, t in model.state_dict().items()}
+    return {name: _array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == ml_dtypes.bfloat16:  # torch does not know NumPy's
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 @torch.compiler.disable

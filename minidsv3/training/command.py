@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, text: corpus.Corpus) -> int:
         print(f"stopped after step {state.step}; continue with the same command and "
               "--resume")  # fmt: skip
         return 1
-    print("measuring on held-out text …", end=" ", flush=True)
+    print("held-out text:", end=" ", flush=True)  # this takes a while
     print(f"{evaluate():.4f} bits per byte; the model is in {folder}")
     return 0
 

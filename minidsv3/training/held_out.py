@@ -11,7 +11,11 @@ Array = np.ndarray
 
 
 def bits_per_byte(
-    nats: Callable[[Array], float], tokens: Array, sequence_length: int, batch_size: int
+    nats: Callable[[Array], float],
+    tokens: Array,
+    sequence_length: int,
+    batch_size: int,
+    n_bytes: int | None = None,
 ) -> float:
     """Bits per byte on ``tokens``, each but the first predicted once.
 
@@ -19,10 +23,11 @@ def bits_per_byte(
     targets. The text is cut into windows of ``sequence_length`` targets. Each window
     starts without memory, so its first bytes are predicted from little, which costs a
     few percent. Boundaries are predicted too, and their bits count, but they are not
-    bytes. Raises ValueError for lengths below 1 and for a text without a byte to
-    predict.
+    bytes. n_bytes is how many bytes tokens[1:] stand for; None counts ids as bytes.
+    Raises ValueError for lengths below 1 and for a text without a byte to predict.
     """
-    n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
+    if n_bytes is None:
+        n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
     if n_bytes == 0 or min(sequence_length, batch_size) < 1:
         raise ValueError(
             f"evaluate: {len(tokens)} tokens with {n_bytes} bytes to predict, windows "

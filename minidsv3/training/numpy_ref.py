@@ -152,6 +152,7 @@ def evaluate(
     tokens: Array,
     sequence_length: int,
     batch_size: int = 16,
+    n_bytes: int | None = None,
 ) -> float:
     """Bits per byte on ``tokens``; see `minidsv3.training.held_out.bits_per_byte`."""
 
@@ -160,4 +161,4 @@ def evaluate(
         loss, _ = cross_entropy_forward(logits, ids[:, 1:])
         return loss
 
-    return bits_per_byte(nats, tokens, sequence_length, batch_size)
+    return bits_per_byte(nats, tokens, sequence_length, batch_size, n_bytes)

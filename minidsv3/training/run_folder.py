@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minidsv3 import checkpoints
-from minidsv3.checkpoints import CheckpointError, read_tensors, write_tensors
 from minidsv3.config import Config, TrainConfig
 from minidsv3.files import replacing
 from minidsv3.model.numpy_ref import loss_names
 from minidsv3.moe.numpy_ref import max_violation
 from minidsv3.parameters import ParameterError, cut, first_not_finite, prefixed
+from minidsv3.safetensors_files import CheckpointError, read_tensors, write_tensors
 from minidsv3.training.numpy_ref import StepRecord, TrainState
 
 STATE = "training_state.safetensors"
@@ -33,7 +33,8 @@ HELD_OUT_COLUMNS = ["step", "bits_per_byte"]
 
 def is_used(folder: Path) -> bool:
     """Whether ``folder`` holds a run or a model, which a new run would overwrite."""
-    return any((folder / name).exists() for name in (STATE, LOG, checkpoints.WEIGHTS))
+    names = (STATE, LOG, checkpoints.WEIGHTS, checkpoints.INDEX)
+    return any((folder / name).exists() for name in names)
 
 
 def identity(folder: Path) -> tuple[int | None, str | None]:
@@ -74,7 +75,7 @@ def save(
         raise ParameterError(f"not saved: {culprit} holds NaN or infinity")
     metadata = {"step": str(state.step), **_identity(config, tc, corpus, backend)}
     write_tensors(folder / STATE, tensors, metadata)
-    checkpoints.save(folder, state.params, config)
+    checkpoints.save(folder, config, state.params)
 
 
 def resume(

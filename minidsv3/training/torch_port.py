@@ -174,6 +174,7 @@ def evaluate(
     sequence_length: int,
     batch_size: int = 16,
     precision: str = "float32",
+    n_bytes: int | None = None,
 ) -> float:
     """Bits per byte on ``tokens``, as the NumPy `evaluate` counts them."""
     device = next(model.parameters()).device
@@ -186,7 +187,7 @@ def evaluate(
             logits.flatten(0, 1), given[:, 1:].flatten()
         ).item()
 
-    return bits_per_byte(nats, tokens, sequence_length, batch_size)
+    return bits_per_byte(nats, tokens, sequence_length, batch_size, n_bytes)
 
 
 def chosen_device(name: str | None) -> str:

@@ -223,7 +223,7 @@ def test_a_step_of_training(B: int) -> None:
 def test_cached_decoding(tmp_path) -> None:
     """Greedy, one text, the same weights by way of a file, the same new tokens."""
     params, new = parameters.initialise(MINI, 0, 0.1), 120
-    checkpoints.save(tmp_path, params, MINI)
+    checkpoints.save(tmp_path, MINI, params)
     prompt, kinds = ids(1, 16, config=MINI), ("eager", "grouped_mm")
     peers = [from_file(tmp_path, attn_implementation="sdpa", experts_implementation=k)
              for k in kinds]  # fmt: skip
