@@ -4,7 +4,7 @@ The map, mechanism by implementation. Imports point downwards only::
 
     __main__      the command line
     options       what its words mean
-    training      numpy_ref · torch_port · held_out · run_folder · command
+    training      numpy_ref · torch_port · held_out · run_folder · command · processor
     generation    numpy_ref
     model         numpy_ref · block_numpy_ref · torch_port
     mtp           numpy_ref · torch_port

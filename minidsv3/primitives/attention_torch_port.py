@@ -26,7 +26,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     T, S, grouped = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and T == S > 1 and not grouped:
-        return _attention_in_chunks(q, k, v, scale)
+        return attention_in_chunks(q, k, v, scale)
     mask = None
     if 1 < T < S:  # torch's own causal mask aligns the first query with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -35,11 +35,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     )
 
 
-def _attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by plain products, a chunk of queries at a time.
+def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same by plain products, a chunk of queries at a time; T = S, N_h = N_kv.
 
-    A chunk multiplies the keys up to its own end and no further. Torch's function takes
-    one and a half times as long on a processor where d_k differs from d_v, in bfloat16
+    A chunk multiplies the keys up to its own end and no further. On a processor torch's
+    function takes one and a half times as long where d_k differs from d_v, in bfloat16
     three times (measured; the chapter on training has the table).
     """
     B, _, T, _ = q.shape
@@ -49,17 +49,10 @@ def _attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
         end = min(start + CHUNK, T)
         mask = q.new_full((end - start, end), -torch.inf).triu(start + 1)
         scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale)
-        chunks.append(_softmax(scores) @ v[:, :end])  # (B*N_h, CHUNK, d_v)
+        with torch.autocast("cpu", enabled=False):  # it would store float32
+            P = scores.softmax(dim=-1)  # (B*N_h, CHUNK, end)
+        chunks.append(P @ v[:, :end])  # (B*N_h, CHUNK, d_v)
     return torch.cat(chunks, dim=1).unflatten(0, (B, -1))  # (B, N_h, T, d_v)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis: in float32 inside, in the dtype of its input outside.
-
-    Autocast would store it in float32, twice the bytes.
-    """
-    with torch.autocast(scores.device.type, enabled=False):
-        return scores.softmax(dim=-1)
 
 
 def heads(x: Tensor, n: int) -> Tensor:

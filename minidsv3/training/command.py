@@ -90,13 +90,14 @@ def _on_backend(this: Run, start: TrainState, device: str | None) -> tuple:
             numpy_ref.train,
             lambda: numpy_ref.evaluate(start.params, this.config, held_out, length),
         )
-    from minidsv3.training import torch_port
+    from minidsv3.training import processor, torch_port
 
     try:
         device = torch_port.chosen_device(device)
     except ValueError as error:
         raise BadOption(f"--device {device}: {error}") from error
-    torch_port.keep_freed_memory()
+    processor.keep_freed_memory()
+    processor.float32_through_onednn()
     state = torch_port.TrainState(this.config, this.recipe, start, device)
     return (
         state,
