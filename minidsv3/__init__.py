@@ -19,6 +19,7 @@ The map, mechanism by implementation. Imports point downwards only::
     shards        a model's files in a folder: one, or several with an index
     safetensors_files  one of them: mapped, or written whole
     tokenizer     text -> ids -> bytes
+    shipped       the trained MINI that comes with the package
     corpus        text -> bytes -> batches
     yardsticks    what a model must beat: unigram, bigram, xz
     config        one frozen Config in DeepSeek's words

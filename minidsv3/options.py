@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from minidsv3 import config, corpus
+from minidsv3.shipped import MINI_FOLDER
 
 DESCRIPTION = "The command line: python -m minidsv3 train | generate | evaluate."
 
@@ -188,7 +189,10 @@ def _text_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder that training wrote")
+    parser.add_argument(
+        "--model", metavar="FOLDER", default=str(MINI_FOLDER),
+        help="folder of a model (default: the trained MINI that comes with this)",
+    )  # fmt: skip
 
 
 def _whole(text: str) -> int:
