@@ -20,7 +20,7 @@ from minidsv3.moe import numpy_ref
 from minidsv3.parameters import cut, moe_shapes
 from minidsv3.primitives.torch_port import SwiGLU
 
-SLAB = 32  # experts of one batched product
+SLAB = 16  # experts of one batched product
 
 
 class Routing(NamedTuple):
