@@ -167,6 +167,15 @@ def test_what_is_drawn_lies_where_it_should(page: Page, step: int) -> None:
         for place, value in zip(places, values, strict=True):
             where = (np.log2(abs(value)) + 20) / 0.3 if value else 0
             assert place == pytest.approx(where, abs=0.01)
+    ends = page.evaluate(
+        """() => [...document.querySelectorAll("fp8-dial .line .zero")].map((one) =>
+          parseFloat(one.style.width))"""
+    )
+    for end, s in zip(ends, state["scales"][::4], strict=True):
+        least = np.float32(2.0**-10)  # and all below is rounded to zero
+        assert least.astype(fp8.FP8) == 0 != np.nextafter(least, 1).astype(fp8.FP8)
+        where = (np.log2(least * s) + 20) / 0.3
+        assert end == pytest.approx(max(0, where), abs=0.01)
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= page.viewport_size["width"]
     labels = page.evaluate(

@@ -95,6 +95,14 @@ def check(page: Page) -> dict:
     wanted = [step, own, *rates.values(), mtp_weight(step, c), gamma]
     assert shown[:-1] == pytest.approx(wanted, rel=0.0051)
     assert shown[-1] == pytest.approx(14.8 * step / c.steps, abs=0.0051)
+    say = page.locator(f"{FIGURE} .say").inner_text()
+    early = int(re.findall(r"λ f\w+ after step ([\d,]+)", say)[0].replace(",", ""))
+    weights = [mtp_weight(early + i, c) for i in (0, 1)]
+    assert weights == [c.mtp_weight, c.mtp_weight_final]
+    assert ("λ fell" in say) == (step > early)
+    last = int(re.findall(r"γ \w+ 0 after step ([\d,]+)", say)[0].replace(",", ""))
+    assert asked(page, "gamma", [last, last + 1]) == [1e-3, 0]
+    assert ("γ became" in say) == (step > last)
     return state
 
 

@@ -179,7 +179,7 @@
       const q = Math.abs(this.stored[this.picked]);
       const [large, least] = [Math.max, Math.min].map((f) =>
         f(...this.weights.map(Math.abs)));
-      const where = !q ? "Less than half the least step: it is gone." : q >= 2 ** -6
+      const where = !q ? "At most half the least step: it is gone." : q >= 2 ** -6
         ? "The step here grows with the number: no error is above a sixteenth."
         : "Below 2<sup>−6</sup> s each step is 2<sup>−9</sup> s: the less, the worse.";
       return `${where} The largest weight is ${short(large / least)} times the least; ${
