@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from rows import RESULTS as RESULTS
 from rows import Row, write
 from rows import read as read
 from tqdm import tqdm

@@ -138,6 +138,9 @@ def _load(folder: str) -> tuple[config.Config, dict[str, np.ndarray], Tokenizer]
 
 def _write(some: bytes) -> None:
     """Print raw bytes: a character may be spread over several tokens."""
+    if not hasattr(sys.stdout, "buffer"):  # a notebook's takes text only
+        sys.stdout.write(some.decode(errors="replace"))
+        return
     sys.stdout.buffer.write(some)
     sys.stdout.buffer.flush()
 
