@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidsv3.config import Config, TrainConfig
 from minidsv3.corpus import batch
-from minidsv3.model.torch_port import DeepSeekV3, arrays, tensors
+from minidsv3.model.torch_port import DeepSeekV3, arrays, cross_entropy, tensors
 from minidsv3.moe.torch_port import update_bias
 from minidsv3.mtp.numpy_ref import mtp_weight
 from minidsv3.training import numpy_ref
@@ -48,7 +48,8 @@ class TrainState:
         self.optimiser = _adamw(self.model, train_config)
         for name, weight in self.model.named_parameters():
             self.optimiser.state[weight] = {
-                "step": torch.tensor(float(start.step)),
+                # on the weight's device, which the fused optimiser reads it on
+                "step": torch.tensor(start.step, dtype=torch.float32, device=device),
                 "exp_avg": torch.from_numpy(start.m[name]).to(device),
                 "exp_avg_sq": torch.from_numpy(start.v[name]).to(device),
             }
@@ -108,13 +109,14 @@ def train(
         ids = batch(tokens, c.batch_size, c.sequence_length, c.seed, state.step)
         now = replace(c, mtp_weight=mtp_weight(state.step + 1, c))
         losses, loads = _gradients(model, torch.from_numpy(ids).to(device), now)
-        grad_norm = _clip(model, c.clip_norm)
-        if not math.isfinite(grad_norm):
+        grad_norm = _norm(model)
+        if not math.isfinite(grad_norm):  # before clipping spreads it over all
             raise FloatingPointError(
                 f"step {state.step + 1}: the gradient of {_first_not_finite(model)} is "
                 "not finite; the state is that of the step before. Resume, or start "
                 "again with a lower learning rate"
             )
+        _clip(model, grad_norm, c.clip_norm)
         rate = learning_rate(state.step + 1, c)
         for group in state.optimiser.param_groups:
             group["lr"] = rate
@@ -153,13 +155,17 @@ def autocast(model: DeepSeekV3, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def _clip(model: DeepSeekV3, max_norm: float) -> float:
-    """As the NumPy `clip_gradients`: all by one factor, and only if they are longer."""
+def _norm(model: DeepSeekV3) -> float:
+    """Of all gradients together."""
     grads = [w.grad for w in model.parameters() if w.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads).item()
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
+def _clip(model: DeepSeekV3, norm: float, max_norm: float) -> None:
+    """As the NumPy `clip_gradients`; torch's own adds 1e-6 to the norm."""
     if norm > max_norm:
+        grads = [w.grad for w in model.parameters() if w.grad is not None]
         torch._foreach_mul_(grads, max_norm / norm)
-    return norm
 
 
 def _first_not_finite(model: DeepSeekV3) -> str:
@@ -184,10 +190,8 @@ def evaluate(
     def nats(ids: Array) -> float:
         given = torch.from_numpy(ids).to(device)
         with autocast(model, precision):
-            logits = model(given[:, :-1]).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), given[:, 1:].flatten()
-        ).item()
+            logits = model(given[:, :-1])
+        return cross_entropy(logits, given[:, 1:]).item()
 
     return bits_per_byte(nats, tokens, sequence_length, batch_size, n_bytes)
 
@@ -202,7 +206,7 @@ def chosen_device(name: str | None) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"torch has no such device here ({error})") from error
     return name
