@@ -70,10 +70,14 @@ MODELS = [
 
 
 def check_model(
-    config: Config, B: int, T: int, around: Callable = test_model.torch_block
+    config: Config,
+    B: int,
+    T: int,
+    around: Callable = test_model.torch_block,
+    loss_and_grads: Callable = model.loss_and_grads,
 ) -> None:
     params, tokens = fresh(config), ids(B, T + 1, config=config)
-    losses, grads, stats = model.loss_and_grads(params, config, tokens, RECIPE)
+    losses, grads, stats = loss_and_grads(params, config, tokens, RECIPE)
     p, balances = as_tensors(params), []
     block = block_with_experts(balances, around)
     main_loss, *further = torch_losses(p, config, tokens, block)
