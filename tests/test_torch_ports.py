@@ -61,7 +61,7 @@ def check_port(module, oracle: Callable, inputs: list, *more, weights=None) -> N
     check_pair(*as_pair(function), [*inputs, *arrays], oracle, differences=False)
 
 
-# --- primitives ---------------------------------------------------------------------
+# --- primitives -----------------------------------------------------------------------
 
 
 def check_rmsnorm(eps: float = 0.1, shape: tuple = (2, 3, 5)) -> None:
@@ -220,7 +220,7 @@ def test_cached_plain_attention_for_every_chunking(heads: tuple) -> None:
     check_cached(filled(att.PlainAttention(config), weights), config, 5)
 
 
-# --- MLA --------------------------------------------------------------------------------
+# --- MLA ------------------------------------------------------------------------------
 
 
 def check_mla(config: Config = test_mla.BASE, form: str = "naive", B=2, T=4) -> None:
@@ -287,7 +287,7 @@ def test_the_norms_of_the_latents_have_their_own_eps() -> None:
     check_latent_eps()
 
 
-# --- experts ----------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------
 
 
 def check_moe(given: Layer) -> None:
@@ -451,7 +451,7 @@ def test_no_token_sees_another(given: Layer) -> None:
     check_routing(given)
 
 
-# --- slabs ------------------------------------------------------------------------------
+# --- slabs ----------------------------------------------------------------------------
 
 
 @st.composite
@@ -466,37 +466,32 @@ def placements(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 
 def check_layout(experts: torch.Tensor, E: int) -> None:
-    """A row of its own for every pair, in its expert's part; the slabs fill the array.
+    """A row of its own for every pair, in its expert's part of its expert's slab.
 
-    The parts lie in the order of the loads, so many experts a slab.
+    The slabs fill the array, fullest experts first, so many a slab; the others idle.
     """
     laid, (N, K) = moe.lay_out(experts, E), experts.shape
     place, loads = laid.place.flatten(), moe.load(experts, E)
     assert laid.place.shape == (N, K) and len(set(place.tolist())) == N * K
-    assert sorted(laid.by_load.tolist()) == list(range(E))
-    sorted_loads = loads[laid.by_load]
-    assert (sorted_loads.diff() <= 0).all()
     assert laid.token[place].tolist() == np.repeat(np.arange(N), K).tolist()
     fillers = torch.ones(len(laid.token), dtype=torch.bool)
     fillers[place] = False
     assert not laid.token[fillers].any()
-    owner, end = {}, 0
-    for ranks, rows, height in laid.slabs:
-        assert rows.start == end and rows.stop == end + (ranks.stop - ranks.start) * (
-            height
-        )
-        assert height == moe._rounded_up(int(sorted_loads[ranks.start]))
-        for rank in range(ranks.start, ranks.stop):
-            start = end + (rank - ranks.start) * height
-            owner |= dict.fromkeys(range(start, start + height), rank)
-        end = rows.stop
-    assert end == len(laid.token)
-    expert_of_row = [int(laid.by_load[owner[row]]) for row in place.tolist()]
-    assert expert_of_row == experts.flatten().tolist()
-    with_rows = int((loads > 0).sum())
-    covered = laid.slabs[-1].ranks.stop
-    assert with_rows <= covered < with_rows + moe.SLAB
-    assert [s.ranks.start for s in laid.slabs] == list(range(0, with_rows, moe.SLAB))
+    owner, members = [], []
+    for of_slab, rows, height in laid.slabs:
+        assert rows == slice(len(owner), len(owner) + len(of_slab) * height)
+        assert height == moe._rounded_up(int(loads[of_slab].max()))
+        owner += [expert for expert in of_slab.tolist() for _ in range(height)]
+        members += of_slab.tolist()
+    assert len(owner) == len(laid.token)
+    assert [owner[row] for row in place.tolist()] == experts.flatten().tolist()
+    assert sorted(members) == loads.nonzero().flatten().tolist()
+    assert sorted(members + laid.idle.tolist()) == list(range(E))
+    assert (loads[members].diff() <= 0).all()
+    whole, rest = divmod(len(members), moe.SLAB)
+    assert [len(s.experts) for s in laid.slabs] == [moe.SLAB] * whole + [rest] * (
+        rest > 0
+    )
 
 
 def check_some_layouts() -> None:
@@ -516,29 +511,33 @@ def test_every_pair_has_a_row_of_its_own(placed: tuple) -> None:
 
 
 def check_grouped(experts: torch.Tensor, E: int) -> None:
-    """Both products against a loop over experts; poisoned fillers change neither.
+    """The three products against a loop over pairs; poisoned fillers change none.
 
-    What fills a slab up has weight zero in dW; in y its rows are read by nobody.
+    In dW their dy is zero; their rows of y and dx are read by nobody.
     """
     laid, rng = moe.lay_out(experts, E), np.random.default_rng(1)
     rows, place = len(laid.token), laid.place.flatten()
-    x, W = torch.tensor(rng.normal(size=(rows, 3))), rng.normal(size=(E, 3, 2))
-    W, dy = torch.tensor(W), torch.zeros(rows, 2, dtype=torch.float64)
+    W, x, before = (torch.tensor(rng.normal(size=shape))
+                    for shape in ((E, 2, 3), (rows, 3), (rows, 3)))  # fmt: skip
+    dy = torch.zeros(rows, 2, dtype=torch.float64)
     dy[place] = torch.tensor(rng.normal(size=(len(place), 2)))
-    of_pair = experts.flatten()
-    expected = torch.einsum("pi,pio->po", x[place], W[of_pair])
-    dW = torch.zeros(E, 2, 3, dtype=torch.float64)
-    for pair, expert in enumerate(of_pair.tolist()):
-        dW[expert] += torch.outer(dy[place[pair]], x[place[pair]])
+    y, dx = torch.zeros(len(place), 2).double(), before[place]
+    dW = torch.zeros_like(W)
+    for pair, expert in enumerate(experts.flatten().tolist()):
+        row = place[pair]
+        y[pair] = W[expert] @ x[row]
+        dx[pair] += dy[row] @ W[expert]
+        dW[expert] += torch.outer(dy[row], x[row])
     poisoned = x.clone()
     fillers = torch.ones(rows, dtype=torch.bool)
     fillers[place] = False
     poisoned[fillers] = 1e30
-    for given in (x, poisoned):
-        y = moe.grouped(given, W[laid.by_load], laid.slabs)
-        assert relative_error(y[place].numpy(), expected.numpy()) <= SAME
-        ours = moe.grouped_outer(dy, given, laid.slabs, E)[laid.by_load.argsort()]
-        assert relative_error(ours.numpy(), dW.numpy()) <= SAME
+    for filled_up in (x, poisoned):
+        dx_ours = moe.add_grouped_dx(before.clone(), dy, W, laid.slabs)[place]
+        ours = (moe.grouped_linear(filled_up, W, laid.slabs)[place], dx_ours,
+                moe.grouped_dW(dy, filled_up, W, laid))  # fmt: skip
+        for one, other in zip(ours, (y, dx, dW), strict=True):
+            assert relative_error(one.numpy(), other.numpy()) <= SAME
 
 
 def check_some_products() -> None:
@@ -581,23 +580,31 @@ def test_heights_are_eight_a_doubling() -> None:
     assert len(heights) == 8 + 1 and 2048 in heights
 
 
-@settings(deadline=None, max_examples=80)
-@given(placements())
-def test_padding_is_an_eighth_and_the_spread_of_a_slab(placed: tuple) -> None:
+def check_padding(experts: torch.Tensor, E: int) -> None:
     """Exactly: rows ≤ 9/8 · Σ over slabs of experts · the slab's fullest.
 
     With balanced loads that is 9/8 of the pairs.
     """
-    experts, E = placed
     laid, loads = moe.lay_out(experts, E), moe.load(experts, E)
-    fullest = loads[laid.by_load]
-    without = sum((r.stop - r.start) * int(fullest[r.start]) for r, _, _ in laid.slabs)
+    without = sum(len(s.experts) * int(loads[s.experts].max()) for s in laid.slabs)
     assert experts.numel() <= without <= len(laid.token) <= 9 / 8 * without
-    even = torch.arange(E).repeat(3)[:, None]
-    assert len(moe.lay_out(even, E).token) <= 9 / 8 * 3 * E
+    even = torch.arange(E).repeat(17)[:, None]
+    assert len(moe.lay_out(even, E).token) == 18 * E <= 9 / 8 * len(even)
 
 
-# --- the router's precision, its biases, the balance loss ----------------------------------
+def check_some_paddings() -> None:
+    rng = np.random.default_rng(0)
+    for N, E in ((1, 1), (300, 40), (50, 16)):
+        check_padding(torch.tensor(rng.integers(0, E, (N, 1))), E)
+
+
+@settings(deadline=None, max_examples=80)
+@given(placements())
+def test_padding_is_an_eighth_and_the_spread_of_a_slab(placed: tuple) -> None:
+    check_padding(*placed)
+
+
+# --- the router's precision, its biases, the balance loss -----------------------------
 
 
 def check_router_in_full() -> None:
@@ -683,7 +690,7 @@ def test_float32_is_float64_rounded() -> None:
         assert relative_error(results[1][name], exact) <= FLOAT32, name
 
 
-# --- multi-token prediction ----------------------------------------------------------------
+# --- multi-token prediction -----------------------------------------------------------
 
 
 def check_module(T: int = 4) -> None:

@@ -109,14 +109,13 @@ def train(
         ids = batch(tokens, c.batch_size, c.sequence_length, c.seed, state.step)
         now = replace(c, mtp_weight=mtp_weight(state.step + 1, c))
         losses, loads = _gradients(model, torch.from_numpy(ids).to(device), now)
-        grad_norm = _norm(model)
-        if not math.isfinite(grad_norm):  # before clipping spreads it over all
+        grad_norm = _clip(model, c.clip_norm)
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"step {state.step + 1}: the gradient of {_first_not_finite(model)} is "
                 "not finite; the state is that of the step before. Resume, or start "
                 "again with a lower learning rate"
             )
-        _clip(model, grad_norm, c.clip_norm)
         rate = learning_rate(state.step + 1, c)
         for group in state.optimiser.param_groups:
             group["lr"] = rate
@@ -155,17 +154,13 @@ def autocast(model: DeepSeekV3, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def _norm(model: DeepSeekV3) -> float:
-    """Of all gradients together."""
+def _clip(model: DeepSeekV3, max_norm: float) -> float:
+    """As the NumPy `clip_gradients`: all by one factor, and only if they are longer."""
     grads = [w.grad for w in model.parameters() if w.grad is not None]
-    return torch.nn.utils.get_total_norm(grads).item()
-
-
-def _clip(model: DeepSeekV3, norm: float, max_norm: float) -> None:
-    """As the NumPy `clip_gradients`; torch's own adds 1e-6 to the norm."""
+    norm = torch.nn.utils.get_total_norm(grads).item()
     if norm > max_norm:
-        grads = [w.grad for w in model.parameters() if w.grad is not None]
         torch._foreach_mul_(grads, max_norm / norm)
+    return norm
 
 
 def _first_not_finite(model: DeepSeekV3) -> str:
