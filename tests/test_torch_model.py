@@ -264,9 +264,9 @@ def test_full_and_strange_caches_are_refused() -> None:
 # --- the border -----------------------------------------------------------------------
 
 BAD_IDS = [
+    ([[0, 0, 0, -100]], "token id -100 is outside"),  # what cross_entropy passes over
     ([[0, 257, 0, 0]], "token id 257 is outside the vocabulary 0…256"),
     ([[0, 0, 0, 257]], "token id 257 is outside the vocabulary"),
-    ([[0, 0, 0, -100]], "token id -100 is outside"),  # what cross_entropy passes over
     ([[0, -1, 0, 0]], "token id -1 is outside"),
     ([0, 1, 2, 3], r"shape \(4,\)"),
     ([[0.5] * 4], "must be integers"),
@@ -287,11 +287,20 @@ def test_bad_ids_are_refused() -> None:
     check_bad_ids()
 
 
-def test_a_default_device_is_no_hindrance() -> None:
+def check_default_device() -> None:
+    """It is a wish for new tensors, not for those that a model computes with."""
     model, tokens = port(fresh(TINY), TINY), torch.tensor(ids(1, 6, config=TINY))
     expected = model(tokens)
     with torch.device("meta"):
-        assert torch.equal(model(tokens), expected)
+        try:
+            found = model(tokens)
+        except (RuntimeError, NotImplementedError) as error:
+            raise AssertionError("computed elsewhere") from error
+    assert torch.equal(found, expected)
+
+
+def test_a_default_device_is_no_hindrance() -> None:
+    check_default_device()
 
 
 # --- names ----------------------------------------------------------------------------
@@ -351,8 +360,9 @@ def check_copies() -> None:
         assert other.loss(tokens).losses == expected
         with torch.no_grad():
             for weight in other.parameters():
-                weight.zero_()
-        assert other.loss(tokens).losses["mtp_1"].item() == pytest.approx(math.log(257))
+                weight *= 1.1
+        changed = port(arrays(other), TINY).loss(tokens).losses
+        assert other.loss(tokens).losses == changed != expected
         assert model.loss(tokens).losses == expected
 
 
