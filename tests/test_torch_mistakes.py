@@ -15,7 +15,7 @@ from minidsv3.moe import torch_port as moe
 from minidsv3.mtp import torch_port as mtp
 from minidsv3.primitives import attention_torch_port as att
 from minidsv3.primitives import torch_port as primitives
-from minidsv3.training import command, run_folder
+from minidsv3.training import command, held_out, processor, run_folder
 from minidsv3.training import torch_port as training
 from tests import test_moe
 from tests import test_torch_model as whole
@@ -483,6 +483,12 @@ TRAINING = {
         training, [("            logits = model(given[:, :-1])\n",
                     "            logits = model(given[:, :-1]).float()\n")],
         trained.check_evaluate),
+    "oneDNN is not asked again": (
+        processor, [("    home.matmul.fp32_precision = before\n", "")],
+        trained.check_onednn),
+    "evaluation that overflows": (
+        held_out, [("if not math.isfinite(total):", "if False:")],
+        trained.check_evaluation_is_finite),
     "evaluation of the text read": (
         training, [("cross_entropy(logits, given[:, 1:])",
                     "cross_entropy(logits, given[:, :-1])")], trained.check_evaluate),

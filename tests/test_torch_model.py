@@ -19,10 +19,16 @@ import torch
 
 from minidsv3 import checkpoints, parameters
 from minidsv3.config import MINI, PLAIN, TINY, V3, Config, TrainConfig
+from minidsv3.mla import torch_port as mla
 from minidsv3.model import numpy_ref
+from minidsv3.model import torch_port as model_port
 from minidsv3.model.torch_port import Block, DeepSeekV3, arrays, tensors
+from minidsv3.moe import torch_port as moe
+from minidsv3.mtp import torch_port as mtp
+from minidsv3.primitives import attention_torch_port, torch_port
 from tests import test_mla, test_model
 from tests.oracles import AUTOGRAD, relative_error
+from tests.shapes import checked_shapes
 from tests.test_checkpoint_lazy import BIG
 from tests.test_model import ids
 from tests.test_moe_model import MODELS as SPARSE_MODELS
@@ -42,6 +48,7 @@ from tests.test_whole_model import (
 )
 from tests.torch_ports import loss_and_grads, port, rotation_of
 
+PORTS = (torch_port, attention_torch_port, mla, moe, mtp, model_port)
 SAME = 1e-12  # float64: the same sums in another order
 FLOAT32 = 2e-5  # relative: a few hundred roundings of 6e-8 in a row
 DENSE = {
@@ -132,6 +139,20 @@ def check_forward(config: Config = TINY) -> None:
 @each_model
 def test_logits_are_numpys(config: Config) -> None:
     check_forward(config)
+
+
+def test_the_ports_say_true_shapes() -> None:
+    with checked_shapes(*PORTS) as report:
+        for config in (TINY, test_mla.BASE, test_model.SMALL):
+            model = port(fresh(config), config)
+            tokens = torch.tensor(ids(3, 9, config=config))
+            model.loss(tokens).losses["total"].backward()
+            caches = model.new_caches(9)
+            for piece in tokens.split([4, 3, 2], dim=1):
+                with torch.no_grad():
+                    model(piece, caches)
+        moe.top_anywhere(torch.rand(3, 5), 2)
+    assert not report.unexercised and len(report.exercised) > 50
 
 
 # --- what depends on what -------------------------------------------------------------
@@ -274,6 +295,11 @@ BAD_IDS = [
     ([[0]], "two columns"),
     ([[0, 0]], "1 positions to read, but 1 modules"),
 ]
+
+
+def test_short_integers_are_ids_too() -> None:
+    model, tokens = port(fresh(TINY), TINY), torch.tensor(ids(2, 6, config=TINY))
+    assert model.loss(tokens.int()).losses == model.loss(tokens).losses
 
 
 def check_bad_ids() -> None:

@@ -25,13 +25,14 @@ from minidsv3.checkpoints import CheckpointError
 from minidsv3.config import TINY, Config, TrainConfig
 from minidsv3.corpus import batch
 from minidsv3.model.torch_port import DeepSeekV3
-from minidsv3.training import command, run_folder
+from minidsv3.training import command, processor, run_folder
 from minidsv3.training import numpy_ref as reference
 from minidsv3.training import torch_port as training
 from tests import test_training
 from tests.oracles import relative_error
 from tests.test_cli import text, wait_for_log  # noqa: F401, a fixture
 from tests.test_moe_model import fresh, is_bias
+from tests.test_primitives import normal
 from tests.test_training import TEXT, same
 from tests.test_whole_run import check_same_run, start
 from tests.torch_ports import gradients, port
@@ -317,6 +318,40 @@ def test_evaluation_is_numpys() -> None:
 def test_evaluation_refuses(tokens: list, length: int, size: int) -> None:
     with pytest.raises(ValueError, match="each must be at least 1"):
         training.evaluate(port(fresh(TINY), TINY), np.array(tokens), length, size)
+
+
+def check_evaluation_is_finite() -> None:
+    params = {name: array.astype(np.float32) for name, array in fresh(TINY).items()}
+    params["lm_head.weight"][:] = 3e38
+    with pytest.raises(FloatingPointError, match="the loss on the text is not finite"):
+        training.evaluate(port(params, TINY), TEXT[:50], 7)
+
+
+def test_evaluation_that_overflows_is_no_number() -> None:
+    check_evaluation_is_finite()
+
+
+def check_onednn() -> None:
+    """Whoever computes float32 products afterwards, they are as exact as before."""
+    home = torch.backends.mkldnn.matmul
+    before = home.fp32_precision
+    try:
+        stays = processor.float32_through_onednn()
+        assert stays or home.fp32_precision == before
+        a, b = torch.tensor(normal(2, 300, 300), dtype=torch.float32)
+        error = relative_error((a @ b).numpy(), (a.double() @ b.double()).numpy())
+        assert error < 1e-6
+        home.fp32_precision = before
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processor, "_is_float32", lambda *shape: False)
+            assert not processor.float32_through_onednn()
+        assert home.fp32_precision == before
+    finally:
+        home.fp32_precision = before
+
+
+def test_float32_stays_float32_on_every_processor() -> None:
+    check_onednn()
 
 
 # --- the command ----------------------------------------------------------------------

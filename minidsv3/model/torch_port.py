@@ -226,7 +226,7 @@ class DeepSeekV3(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean loss in nats, in float32 at least: logits (B, T, V), targets (B, T)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten().long())
 
 
 # --- the border to NumPy ------------------------------------------------------------
