@@ -351,7 +351,8 @@ WHOLE = {
     "the stream starts anew after attention": (
         model, [("return x + y, routing", "return u + y, routing")], all_parts),
     "the loss in whole": (
-        model, [("targets.flatten())", 'targets.flatten(), reduction="sum")')],
+        model, [("targets.flatten().long())",
+                 'targets.flatten().long(), reduction="sum")')],
         all_parts),
     "targets are not looked at": (
         model, [("_check_ids(ids[:, -1:], config)  #", "pass  #")],
