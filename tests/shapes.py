@@ -9,8 +9,9 @@ comment is compared with what it really made, when it is run. Comments can be wr
 * with any leading axes: ``(..., D)``; ``()`` is a scalar; words may follow.
 
 A symbol is one number throughout a call of a function. It is the value of the local
-integer of that name, or what the local ``config`` says of the book's alphabet, or else
-what it was when first seen: ``R*T`` teaches R where T is known.
+integer of that name, or what the local ``config`` or ``c``, or that of ``self``, says
+of the book's alphabet, or else what it was when first seen: ``R*T`` teaches R where T
+is known.
 """
 
 import ast
@@ -216,7 +217,9 @@ def _axes(shape: str) -> list[CodeType | None]:
 def _known(local: dict) -> dict[str, int]:
     """Symbols that the frame itself defines: the config's sizes, and integers."""
     known = {}
-    if isinstance(config := local.get("config"), Config):
+    places = (local.get("config"), local.get("c"), local.get("self"))
+    configs = [getattr(place, "config", place) for place in places]
+    if config := next((one for one in configs if isinstance(one, Config)), None):
         known = {symbol: getattr(config, name) for symbol, name in ALPHABET.items()}
     for name, value in local.items():
         if isinstance(value, Integral) and not isinstance(value, bool):

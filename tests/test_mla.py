@@ -197,10 +197,9 @@ def check_forward(config: Config = BASE, form: str = "naive") -> None:
     assert relative_error(y, expected.numpy()) <= 1e-12
 
 
-def check_gradients(config: Config = BASE, form: str = "naive", B=2, T=4) -> None:
-    """x and every weight, against autograd of the same form and against differences."""
-    params, x = weights(config), normal(B, T, config.hidden_size)
-    names = list(params)
+def numpy_pair(config: Config, form: str, T: int) -> tuple[Callable, Callable]:
+    """The layer as a function of x and its weights: forward and backward."""
+    names = list(parameters.mla_shapes(config))
 
     def forward(x: np.ndarray, *w: np.ndarray) -> tuple:
         return layer(dict(zip(names, w, strict=True)), x, config, form)
@@ -210,10 +209,25 @@ def check_gradients(config: Config = BASE, form: str = "naive", B=2, T=4) -> Non
         assert sorted(grads) == sorted(names)
         return dx, *(grads[name] for name in names)
 
-    def oracle(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
-        return torch_layer(dict(zip(names, w, strict=True)), config, x, form)
+    return forward, backward
 
-    check_pair(forward, backward, [x, *params.values()], oracle)
+
+def check_gradients(
+    config: Config = BASE,
+    form: str = "naive",
+    B: int = 2,
+    T: int = 4,
+    pair_of: Callable = numpy_pair,
+    differences: bool = True,
+) -> None:
+    """x and every weight, against autograd of the same form and against differences."""
+    params, x = weights(config), normal(B, T, config.hidden_size)
+
+    def oracle(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
+        return torch_layer(dict(zip(params, w, strict=True)), config, x, form)
+
+    pair = pair_of(config, form, T)
+    check_pair(*pair, [x, *params.values()], oracle, differences)
 
 
 @each_form

@@ -7,6 +7,7 @@ Face transformers' own layer. `test_moe_model` has the experts inside a model.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -78,17 +79,22 @@ GRADIENTS = {  # changes of the config, then B, T and the level of the biases
 }
 
 
-def check_gradients(given: Layer) -> None:
-    """u and every weight, for the layer's answer and its balance loss together."""
-    config, params, u = given
-    bias = params[BIAS]
-    names = [name for name in params if name != BIAS]
+def learned(given: Layer) -> list[str]:
+    """The names of the weights that have a gradient."""
+    return [name for name in given.params if name != BIAS]
 
-    def table(weights: tuple) -> dict:
-        return dict(zip(names, weights, strict=True))
+
+def numpy_pair(given: Layer) -> tuple[Callable, Callable]:
+    """The layer's answer and its balance loss, joined, as a function of u and weights.
+
+    Forward and backward, for `check_pair`.
+    """
+    config, params, u = given
+    names = learned(given)
 
     def forward(u: np.ndarray, *weights: np.ndarray) -> tuple:
-        y, saved = moe.moe_forward(table(weights) | {BIAS: bias}, u, config)
+        table = params | dict(zip(names, weights, strict=True))
+        y, saved = moe.moe_forward(table, u, config)
         return np.append(y.ravel(), moe.balance_loss(saved)), saved
 
     def backward(dy: np.ndarray, saved: tuple) -> tuple:
@@ -96,12 +102,24 @@ def check_gradients(given: Layer) -> None:
         assert sorted(grads) == sorted(names), "and the bias is not among them"
         return (du, *(grads[name] for name in names))
 
+    return forward, backward
+
+
+def check_gradients(
+    given: Layer, pair_of: Callable = numpy_pair, differences: bool = True
+) -> None:
+    """u and every weight, for the layer's answer and its balance loss together."""
+    config, params, u = given
+    names = learned(given)
+
     def oracle(u: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        y, s = torch_layer(table(weights) | {BIAS: torch.tensor(bias)}, config, u)
+        bias = {BIAS: torch.tensor(params[BIAS])}
+        y, s = torch_layer(dict(zip(names, weights, strict=True)) | bias, config, u)
         balance = torch_balance(s, config.num_experts_per_tok)
         return torch.cat([y.flatten(), balance[None]])
 
-    check_pair(forward, backward, [u, *(params[n] for n in names)], oracle)
+    arrays = [u, *(params[name] for name in names)]
+    check_pair(*pair_of(given), arrays, oracle, differences)
 
 
 @pytest.mark.parametrize("case", GRADIENTS)

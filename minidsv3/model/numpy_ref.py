@@ -21,7 +21,7 @@ from minidsv3.model.block_numpy_ref import (
 from minidsv3.moe import numpy_ref as moe
 from minidsv3.mtp import numpy_ref as mtp
 from minidsv3.parameters import check, cut, first_not_finite, prefixed
-from minidsv3.primitives.attention_numpy_ref import Cache
+from minidsv3.primitives.cache import Cache, common_length
 from minidsv3.primitives.numpy_ref import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -47,17 +47,9 @@ def trunk_forward(
     With caches, one a layer, ids continue what the caches hold.
     """
     _, T = ids.shape
-    if caches is not None and len(caches) != config.num_hidden_layers:
-        raise ValueError(
-            f"{len(caches)} caches for {config.num_hidden_layers} layers: give each "
-            "one, as new_caches does"
-        )
-    start = caches[0].length if caches else 0
-    if caches and any(cache.length != start for cache in caches):
-        lengths = ", ".join(str(cache.length) for cache in caches)
-        raise ValueError(
-            f"the layers' caches hold {lengths} positions: extend and crop all alike"
-        )
+    start = 0
+    if caches is not None:
+        start = common_length(caches, config.num_hidden_layers)
     _check_length(start + T, config)
     x, saved_embed = embedding_forward(ids, params["model.embed_tokens.weight"])
     positions = np.arange(start, start + T)

@@ -23,7 +23,7 @@ from minidsv3.moe.torch_port import MoE, Routing, balance_loss, load
 from minidsv3.mtp.numpy_ref import check_depths
 from minidsv3.mtp.torch_port import MTPModule
 from minidsv3.primitives.attention_torch_port import PlainAttention
-from minidsv3.primitives.cache import Cache
+from minidsv3.primitives.cache import Cache, common_length
 from minidsv3.primitives.torch_port import RMSNorm, SwiGLU, linear, rope_rotation
 
 
@@ -114,11 +114,11 @@ class DeepSeekV3(nn.Module):
         """What the head reads, (B, T, D) after the final norm, and every routing."""
         _check_ids(ids, self.config)
         x, L = self.model.embed_tokens(ids), self.config.num_hidden_layers
-        start = caches[0].length if caches else 0
+        start = 0 if caches is None else common_length(caches, L)
         rotation = self._rotation(start, ids.shape[1])
         routings = []
         for n in range(L):
-            cache = caches[n] if caches else None
+            cache = None if caches is None else caches[n]
             x, routing = self.model.layers[n](x, rotation, cache)
             routings += [routing] if routing else []
         return self.model.norm(x), routings
@@ -129,7 +129,8 @@ class DeepSeekV3(nn.Module):
         ids (B, T+1): the first T columns are read, the last T are predicted. The losses
         are those of `loss_names`; total = main + λ/D · (mtp_1 + … + mtp_D) + α ·
         balance (eqs. 17 and 25). λ and α are train_config's ``mtp_weight`` and
-        ``balance_weight``. Raises ValueError for too few columns.
+        ``balance_weight``. Raises ValueError for too few columns, and for ids as
+        `forward` does.
         """
         config, c = self.config, train_config or TrainConfig()
         if ids.ndim != 2 or ids.shape[1] < 2:
@@ -139,6 +140,7 @@ class DeepSeekV3(nn.Module):
             )
         D = config.num_nextn_predict_layers
         check_depths(ids, D)
+        _check_ids(ids[:, -1:], config)  # a target alone; the others are read, too
         h, routings = self.hidden_states(ids[:, :-1])
         values = [self._head_loss(h, ids[:, 1:])]
         sequences = [ids.shape[1] - 1] * len(routings)
@@ -165,9 +167,7 @@ class DeepSeekV3(nn.Module):
         return Loss(losses, self._load(routings))
 
     def _head_loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        logits = self.lm_head(h).flatten(0, 1)  # (B*T, V)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets.flatten())
+        return cross_entropy(self.lm_head(h), targets)
 
     def _load(self, routings: list[Routing]) -> dict[str, Tensor]:
         biases = (n for n, _ in self.named_buffers())
@@ -185,7 +185,9 @@ class DeepSeekV3(nn.Module):
                 f"{self.config.max_position_embeddings}; shorten the text or raise the "
                 "limit"
             )
-        positions = torch.arange(start, start + length, dtype=torch.float64)
+        positions = torch.arange(
+            start, start + length, dtype=torch.float64, device="cpu"
+        )
         return rope_rotation(positions, self.config, self.lm_head.weight)
 
     def new_caches(self, capacity: int) -> list[Cache]:
@@ -201,9 +203,13 @@ class DeepSeekV3(nn.Module):
     ) -> "DeepSeekV3":
         """Read a model in DeepSeek's layout, one tensor at a time.
 
-        dtype None keeps that of the file (FP8 becomes bfloat16). What is refused, and
-        how, stands with `checkpoints.open_lazily`.
+        dtype None keeps that of the file (FP8 becomes bfloat16); the biases of the
+        routers are float32 at least. What is refused, and how, stands with
+        `checkpoints.open_lazily`. Raises ValueError for a dtype that NumPy lacks.
         """
+        if dtype not in _NUMPY:
+            known = ", ".join(map(str, _NUMPY))
+            raise ValueError(f"dtype is {dtype}, must be one of {known}")
         config, params = checkpoints.open_lazily(folder, _NUMPY[dtype])
         with torch.device("meta"):
             model = cls(config)
@@ -215,6 +221,12 @@ class DeepSeekV3(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write the model; see `checkpoints.save` for ``dtype`` and what is refused."""
         checkpoints.save(folder, self.config, arrays(self), dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats, in float32 at least: logits (B, T, V), targets (B, T)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten().long())
 
 
 # --- the border to NumPy ------------------------------------------------------------

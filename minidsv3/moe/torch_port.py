@@ -331,8 +331,8 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     counts (E,) are the tokens of the whole batch that the step was taken on (report,
     section 2.1.2, p. 9). No gradient step: the optimiser never sees the bias.
     """
-    counts = counts.to(bias.dtype)
-    bias += speed * (counts.mean() - counts).sign()
+    above = counts.sum() - len(counts) * counts  # E times the mean less c: exact
+    bias += speed * above.sign().to(bias.dtype)
 
 
 def balance_loss(affinities: Tensor, K: int) -> Tensor:

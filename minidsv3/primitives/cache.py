@@ -1,5 +1,6 @@
 """The cache that decoding keeps, of NumPy's arrays or of torch's tensors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,25 @@ class Cache:
                 f"cache: it keeps {kept} (batch, widths, precision), but {given} "
                 "arrives; a cache is for one model and one batch"
             )
+
+
+def common_length(caches: Sequence[Cache], layers: int) -> int:
+    """Positions that the caches of all layers hold.
+
+    Raises ValueError unless each layer has one, and all hold equally many.
+    """
+    if len(caches) != layers:
+        raise ValueError(
+            f"{len(caches)} caches for {layers} layers: give each one, as new_caches "
+            "does"
+        )
+    lengths = [cache.length for cache in caches]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the layers' caches hold {', '.join(map(str, lengths))} positions: extend "
+            "and crop all alike"
+        )
+    return lengths[0]
 
 
 def _kinds(arrays: tuple[Array, ...]) -> list[tuple]:

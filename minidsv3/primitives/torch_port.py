@@ -60,7 +60,9 @@ def rope_rotation(positions: Tensor, config: Config, like: Tensor) -> Tensor:
     Formed in float64 on the processor, for some accelerators have none, and rounded
     once at the end to the precision of ``like``, float32 at least, on its device.
     """
-    theta = torch.tensor(rope_frequencies(config).tolist(), dtype=torch.float64)
+    theta = torch.tensor(
+        rope_frequencies(config).tolist(), dtype=torch.float64, device="cpu"
+    )
     angles = positions.cpu()[:, None] * theta  # (T, d_R/2)
     turn = torch.stack([angles.cos(), angles.sin()])  # (2, T, d_R/2)
     return turn.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)

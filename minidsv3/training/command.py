@@ -54,6 +54,8 @@ def run(options: argparse.Namespace, text: corpus.Corpus) -> int:
 
 def _check(this: Run, options: argparse.Namespace) -> None:
     """Raise BadOption for what can be known before anything is computed."""
+    if options.tensorboard:
+        _summary_writer()
     out, needed = this.out, this.recipe.sequence_length + 1
     if out.exists() and not out.is_dir():
         raise BadOption(f"--out {out}: is a file, name a folder")
@@ -143,13 +145,7 @@ def _loop(
 
 def _curves(out: Path, step: int) -> Any:
     """A function that adds a step to the curves TensorBoard shows."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BadOption(
-            f"--tensorboard: {error}; install it with: pip install tensorboard"
-        ) from error
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    writer = _summary_writer()(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(record: StepRecord, bits: float | None) -> None:
         numbers = {f"loss/{name}": loss for name, loss in record.losses.items()}
@@ -161,6 +157,17 @@ def _curves(out: Path, step: int) -> Any:
         writer.flush()
 
     return write
+
+
+def _summary_writer() -> Any:
+    """TensorBoard's class. Raises BadOption where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadOption(
+            f"--tensorboard: {error}; install it with: pip install tensorboard"
+        ) from error
+    return SummaryWriter
 
 
 def _in_bits(losses: dict[str, float], held_out: float | None) -> str:

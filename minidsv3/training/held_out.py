@@ -24,7 +24,8 @@ def bits_per_byte(
     starts without memory, so its first bytes are predicted from little, which costs a
     few percent. Boundaries are predicted too, and their bits count, but they are not
     bytes. n_bytes is how many bytes tokens[1:] stand for; None counts ids as bytes.
-    Raises ValueError for lengths below 1 and for a text without a byte to predict.
+    Raises ValueError for lengths below 1 and for a text without a byte to predict,
+    FloatingPointError for a loss that is not finite.
     """
     if n_bytes is None:
         n_bytes = int(np.count_nonzero(tokens[1:] != BOUNDARY))
@@ -35,6 +36,8 @@ def bits_per_byte(
         )
     windows = _windows(tokens, sequence_length, batch_size)
     total = sum(nats(ids) * ids[:, 1:].size for ids in windows)
+    if not math.isfinite(total):
+        raise FloatingPointError("evaluate: the loss on the text is not finite")
     return total / math.log(2) / n_bytes
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidsv3.config import Config, TrainConfig
 from minidsv3.corpus import batch
-from minidsv3.model.torch_port import DeepSeekV3, arrays, tensors
+from minidsv3.model.torch_port import DeepSeekV3, arrays, cross_entropy, tensors
 from minidsv3.moe.torch_port import update_bias
 from minidsv3.mtp.numpy_ref import mtp_weight
 from minidsv3.training import numpy_ref
@@ -48,7 +48,8 @@ class TrainState:
         self.optimiser = _adamw(self.model, train_config)
         for name, weight in self.model.named_parameters():
             self.optimiser.state[weight] = {
-                "step": torch.tensor(float(start.step)),
+                # on the weight's device, which the fused optimiser reads it on
+                "step": torch.tensor(start.step, dtype=torch.float32, device=device),
                 "exp_avg": torch.from_numpy(start.m[name]).to(device),
                 "exp_avg_sq": torch.from_numpy(start.v[name]).to(device),
             }
@@ -184,10 +185,8 @@ def evaluate(
     def nats(ids: Array) -> float:
         given = torch.from_numpy(ids).to(device)
         with autocast(model, precision):
-            logits = model(given[:, :-1]).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), given[:, 1:].flatten()
-        ).item()
+            logits = model(given[:, :-1])
+        return cross_entropy(logits, given[:, 1:]).item()
 
     return bits_per_byte(nats, tokens, sequence_length, batch_size, n_bytes)
 
@@ -202,7 +201,7 @@ def chosen_device(name: str | None) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"torch has no such device here ({error})") from error
     return name
