@@ -2,8 +2,7 @@
 
 import csv
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +47,11 @@ def smooth(values: Array, n: int) -> Array:
 
 @dataclass
 class Short:
-    """What a short training reported, step by step."""
+    """What a short training reported, step by step, and where it ended."""
 
+    state: training.TrainState
     main: Array  # bits per byte
     norm: Array  # of the gradient, before clipping
-    bits: dict[int, float] = field(default_factory=dict)  # held-out, at some steps
 
 
 def fresh(config: Config, recipe: TrainConfig) -> training.TrainState:
@@ -61,32 +60,41 @@ def fresh(config: Config, recipe: TrainConfig) -> training.TrainState:
     return training.TrainState(config, recipe, numpy_ref.new_state(params))
 
 
+def branch(state: training.TrainState, recipe: TrainConfig) -> training.TrainState:
+    """A copy that goes on by another recipe."""
+    tables = ({k: a.copy() for k, a in t.items()} for t in (state.params, state.m,
+                                                            state.v))  # fmt: skip
+    start = numpy_ref.TrainState(*tables, state.step)
+    return training.TrainState(state.model.config, recipe, start)
+
+
 def short(
-    config: Config,
+    state: training.TrainState,
     recipe: TrainConfig,
     text: Corpus,
-    at: Sequence[int] = (),
+    until: int | None = None,
     rounded: bool = False,
 ) -> Short:
-    """Train to the end; held-out bits at some steps; weights rounded after each step.
+    """Train to the end, or to a step of it.
 
     ``rounded`` keeps the weights themselves in bfloat16: no master weights.
     """
-    state = fresh(config, recipe)
-    main, norm, bits = [], [], {}
-    for record in training.train(state, config, recipe, text.train):
+    main, norm = [], []
+    for record in training.train(state, state.model.config, recipe, text.train):
         main.append(record.losses["main"] / np.log(2))
         norm.append(record.grad_norm)
         if rounded:
             with torch.no_grad():
                 for weight in state.model.parameters():
                     weight.copy_(weight.bfloat16())
-        if record.step in at:
-            some = text.held_out[:32_768]
-            bits[record.step] = training.evaluate(
-                state.model, some, recipe.sequence_length
-            )
-    return Short(np.array(main), np.array(norm), bits)
+        if record.step == until:
+            break
+    return Short(state, np.array(main), np.array(norm))
+
+
+def held_out_bits(state: training.TrainState, text: Corpus, length: int) -> float:
+    """Bits per byte on the beginning of the held-out text."""
+    return training.evaluate(state.model, text.held_out[:65_536], length)
 
 
 # --- how fast -------------------------------------------------------------------------

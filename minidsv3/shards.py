@@ -47,8 +47,8 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {missing[0]}, one of {len(missing)} of the {len(names)} "
-            "files that its index names; complete the download"
+            f"{folder} lacks {len(missing)} of the {len(names)} files that its index "
+            f"names, {missing[0]} first; complete the download"
         )
     tensors: dict[str, Stored] = {}
     for name in names:

@@ -164,10 +164,13 @@ def _clip(model: DeepSeekV3, max_norm: float) -> float:
 
 
 def _first_not_finite(model: DeepSeekV3) -> str:
-    for name, weight in model.named_parameters():
-        if weight.grad is not None and not weight.grad.isfinite().all():
-            return name
-    return "all together (each is finite, their norm is not)"
+    """Whose gradient to name: of a weight that is broken itself, if there is one."""
+    named = [(name, w) for name, w in model.named_parameters() if w.grad is not None]
+    broken = [name for name, w in named if not w.isfinite().all()]
+    if broken:
+        return f"{broken[0]} (which holds NaN or infinity itself)"
+    spoiled = [name for name, w in named if not w.grad.isfinite().all()]
+    return spoiled[0] if spoiled else "all together (each is finite, their norm is not)"
 
 
 @torch.no_grad()
