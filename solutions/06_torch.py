@@ -200,14 +200,14 @@ def route(u, W, b, K, n_group, topk_group, lam):
         s = (u.to(wide) @ W.to(wide).T).sigmoid()  # (N, E)
         choice = s.detach() + b.detach()
         if topk_group < n_group:
-            grouped = choice.unflatten(-1, (n_group, -1))  # (N, n_group, E/n_group)
+            grouped = choice.unflatten(1, (n_group, -1))  # (N, n_group, E/n_group)
             score = grouped.topk(2, dim=-1).values.sum(dim=-1)  # (N, n_group)
-            best = score.topk(topk_group, dim=-1).indices
-            closed = torch.ones_like(score, dtype=torch.bool).scatter(-1, best, False)
+            best = score.topk(topk_group, dim=1).indices
+            closed = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
             choice = grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
-        experts = choice.topk(K, dim=-1).indices  # (N, K)
-        chosen = s.gather(-1, experts)
-        gates = lam * chosen / chosen.sum(dim=-1, keepdim=True)
+        experts = choice.topk(K, dim=1).indices  # (N, K)
+        chosen = s.gather(1, experts)
+        gates = lam * chosen / chosen.sum(dim=1, keepdim=True)
     return experts, gates, s
     ### END SOLUTION
 
@@ -270,7 +270,7 @@ class Experts(torch.autograd.Function):
             h = a * sigma * b  # (n, I)
             g = gates[t, k, None]  # (n, 1)
             dh = dy[t] @ W_down[i]  # (n, I), not yet weighed
-            dgates[t, k] = (dh * h).sum(dim=-1)
+            dgates[t, k] = (dh * h).sum(dim=1)
             dW_down[i] = dy[t].T @ (g * h)
             dh = g * dh
             da = dh * b * sigma * (1 + a * (1 - sigma))
@@ -333,7 +333,7 @@ class Balance(nn.Module):
         visits = torch.zeros_like(s).scatter(-1, best, 1.0)
         f = E / (K * T) * visits.sum(dim=1)  # (B, E)
         P = (s / s.sum(dim=-1, keepdim=True)).mean(dim=1)  # (B, E)
-        return (f * P).sum(dim=-1).mean()
+        return (f * P).sum(dim=1).mean()
         ### END SOLUTION
 
 

@@ -117,7 +117,7 @@ BALANCE = Check(
         "dim=-1)`.",
         "`b += gamma * (counts.mean() - counts).sign()`, counts as floats. `f = E / "
         "(K * T) * visits.sum(dim=1)` and `P = (s / s.sum(dim=-1, "
-        "keepdim=True)).mean(dim=1)`, both (B, E); then `(f * P).sum(dim=-1).mean()`.",
+        "keepdim=True)).mean(dim=1)`, both (B, E); then `(f * P).sum(dim=1).mean()`.",
     ),
     wrong=(
         Wrong(
@@ -218,14 +218,14 @@ BALANCE = Check(
         ),
         Wrong(
             "over the batch, not by sequence",
-            "return (f * P).sum(dim=-1).mean()",
+            "return (f * P).sum(dim=1).mean()",
             "return (f.mean(dim=0) * P.mean(dim=0)).sum()",
             "Two sequences may lean to different experts and look balanced together. "
             "Multiply f and P within each sequence, then take the mean.",
         ),
         Wrong(
             "the sum over sequences",
-            "return (f * P).sum(dim=-1).mean()",
+            "return (f * P).sum(dim=1).mean()",
             "return (f * P).sum()",
             "Over the experts it is a sum, over the sequences a mean.",
         ),

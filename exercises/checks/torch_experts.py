@@ -127,7 +127,7 @@ EXPERTS = Check(
         "The lines of forward in reverse, expert by expert. What you need twice is "
         "`dy` times W_down: weighed by the gate it goes on to a and b, and unweighed "
         "it tells the gate, together with h.",
-        "With `dh = dy[t] @ W_down[i]`, (n, I): `dgates[t, k] = (dh * h).sum(dim=-1)`. "
+        "With `dh = dy[t] @ W_down[i]`, (n, I): `dgates[t, k] = (dh * h).sum(dim=1)`. "
         "With `g = gates[t, k, None]`, (n, 1): W_down learns `dy[t].T @ (g * h)`, and "
         "from `g * dh` come da and db. Of `kept`, each expert takes the first two: `a, "
         "b, *kept = kept`.",
@@ -138,7 +138,7 @@ EXPERTS = Check(
     wrong=(
         Wrong(
             "the gate in its own gradient",
-            "(dh * h).sum(dim=-1)",
+            "(dh * h).sum(dim=1)",
             "(g * dh * h).sum(dim=-1)",
             "y is linear in the gate, so its gradient does not depend on it: take dy "
             "W_down before it is weighed.",
@@ -202,7 +202,7 @@ EXPERTS = Check(
         ),
         Wrong(
             "the answers made again",
-            "(dh * h).sum(dim=-1)",
+            "(dh * h).sum(dim=1)",
             "(dy[t] * (h @ W_down[i].T)).sum(dim=-1)",
             "In real numbers that is the same, and it costs a product more, D wide. "
             "The answer does not have to occur: dy W_down is there already, and so is "

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from grader.compare import WrongForm
 from grader.spec import Case, Check, Wrong
 from grader.tensors import arriving
 
 from checks.draws import normal
 from checks.modules import rounded
 from minidsv3.moe import numpy_ref as library
+
+NARROW = torch.bfloat16, torch.float16
 
 
 def tokens(
@@ -52,7 +55,12 @@ def call(
     if how == "bfloat16":
         u = u.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(how)):
-        return function(u, W, b, K, n_group, topk_group, lam)
+        value = function(u, W, b, K, n_group, topk_group, lam)
+    if isinstance(value, tuple | list) and len(value) == 3:
+        for name, result in zip(("gates", "s"), value[1:], strict=True):
+            if getattr(result, "dtype", None) in NARROW:
+                raise WrongForm(f"Your {name} come out in {result.dtype}.")
+    return value
 
 
 def oracle(
@@ -79,7 +87,7 @@ def oracle(
 
 
 SCORES = "s = (u.to(wide) @ W.to(wide).T).sigmoid()  # (N, E)"
-SHARES = "chosen.sum(dim=-1, keepdim=True)"
+SHARES = "chosen.sum(dim=1, keepdim=True)"
 EXACT = "with torch.autocast(u.device.type, enabled=False):"
 
 ROUTE = Check(
@@ -115,8 +123,8 @@ ROUTE = Check(
         "`with torch.autocast(u.device.type, enabled=False):` around it all; `wide = "
         "torch.promote_types(u.dtype, torch.float32)` is the dtype. `choice.unflatten("
         "-1, (n_group, -1))` makes groups, `.topk(2, dim=-1).values` their two best, "
-        "`s.gather(-1, experts)` picks.",
-        "`closed = torch.ones_like(score, dtype=torch.bool).scatter(-1, best, False)`, "
+        "`s.gather(1, experts)` picks.",
+        "`closed = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)`, "
         "then `grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)` and "
         "`.topk(K, dim=-1).indices`. The gates are `lam * chosen / chosen.sum(dim=-1, "
         "keepdim=True)`.",
@@ -160,8 +168,8 @@ ROUTE = Check(
         ),
         Wrong(
             "gates from the biased scores",
-            "s.gather(-1, experts)",
-            "(s + b).gather(-1, experts)",
+            "s.gather(1, experts)",
+            "(s + b).gather(1, experts)",
             "`topk` offers its values, and they are those of s + b. The gates are made "
             "of s; the bias decides only who is chosen.",
         ),
@@ -208,7 +216,7 @@ ROUTE = Check(
         Wrong(
             "shares of all experts",
             SHARES,
-            "s.sum(dim=-1, keepdim=True)",
+            "s.sum(dim=1, keepdim=True)",
             "The gates of a token sum to lam. Only the chosen ones share it.",
         ),
         Wrong(

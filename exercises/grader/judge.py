@@ -192,6 +192,8 @@ def _complaint(
         return headline, {"advice": advice, **unknown(outcome.error)}
     if isinstance(outcome, calls.Complaint):
         said = _wrong(outcome.value, right, check, tolerance) if outcome.last else None
+        if _is_gradient(said, outcome.value, check):
+            return said, {"notes": (NOTE,)}
         if said:
             return said, {"notes": (f"And: {outcome.headline[0].lower()}"
                                     f"{outcome.headline[1:]}.",)}  # fmt: skip
@@ -268,7 +270,7 @@ def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> 
         said = {str(e.error) for e in (one, two) if isinstance(e.error, WrongForm)}
         return type(one.error) is type(two.error) and len(said) < 2
     if isinstance(one, calls.Complaint):
-        if one.headline != two.headline:
+        if (one.headline, one.argument) != (two.headline, two.argument):
             return False
         one, two = one.value, two.value
     names = _names(one, check)
