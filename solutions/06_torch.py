@@ -105,17 +105,8 @@ def attend_absorbed(q_C, q_R, kept, W_UKV, scale):
 # ## mla.torch.3 · The names are part of it
 #
 # A whole layer, in the naive form, without cache and without YaRN, whose state dict has
-# DeepSeek's names. The grader loads the NumPy dict into it:
-#
-# | name | shape |
-# |---|---|
-# | `q_a_proj.weight` | (d_cq, D) |
-# | `q_a_layernorm.weight` | (d_cq,) |
-# | `q_b_proj.weight` | (N_h·(d_h + d_R), d_cq) |
-# | `kv_a_proj_with_mqa.weight` | (d_c + d_R, D) |
-# | `kv_a_layernorm.weight` | (d_c,) |
-# | `kv_b_proj.weight` | (N_h·(d_h + d_v), d_c) |
-# | `o_proj.weight` | (D, N_h·d_v) |
+# DeepSeek's names: those that the class below lists, each with `.weight` behind it. The
+# grader loads the NumPy dict into it.
 #
 # These seven and no other: nothing in DeepSeek-V3 has a bias. Both norms have an eps of
 # 1e-6; `nn.RMSNorm` takes another one if it is not told. They normalise the latents,
@@ -130,7 +121,12 @@ def attend_absorbed(q_C, q_R, kept, W_UKV, scale):
 # exercise: mla.torch.3
 # needs: mla.torch.1
 class LatentAttention(nn.Module):
-    """Multi-head latent attention of one block."""
+    """Multi-head latent attention of one block. Its weights, by name:
+
+    q_a_proj (d_cq, D), q_a_layernorm (d_cq,), q_b_proj (N_h*(d_h + d_R), d_cq),
+    kv_a_proj_with_mqa (d_c + d_R, D), kv_a_layernorm (d_c,),
+    kv_b_proj (N_h*(d_h + d_v), d_c), o_proj (D, N_h*d_v).
+    """
 
     def __init__(self, D, N_h, d_h, d_R, d_v, d_c, d_cq):
         super().__init__()
@@ -435,15 +431,15 @@ def mtp_loss(h, ids, embed, head, modules, lam):
 # module list it among their own parameters.
 #
 # `trunk` and each of `modules` are `nn.Module`s. They share `embed` and `head`, which
-# are the same objects in each. `total` is the loss of all of them. Take one step:
+# are the same objects in each. `total` is the loss of all of them. Take one step.
 #
-# 1. `make(groups)` gives an optimiser, as `torch.optim.SGD(groups, lr=…)` would. A
-#    group is a dictionary, `{"params": [...], "weight_decay": number}`. Matrices decay
-#    by `decay`. Vectors, that is norms, do not, and neither does `trunk.embed.weight`.
-# 2. Gradients of an earlier step may still lie in `.grad`.
-# 3. All gradients together, each counted once, have a norm. If it exceeds `clip`, all
-#    are shrunk alike, so that it is `clip`.
-# 4. Step.
+# `make(groups)` gives an optimiser, as `torch.optim.SGD(groups, lr=…)` would. A group
+# is a dictionary, `{"params": [...], "weight_decay": number}`. Matrices decay by
+# `decay`. Vectors, that is norms, do not, and neither does `trunk.embed.weight`.
+#
+# Gradients of an earlier step may still lie in `.grad`; they must not count. All
+# gradients of this step together, each weight's once, have a norm. If it exceeds
+# `clip`, all are shrunk alike, so that it is `clip`. Then the optimiser steps.
 #
 # Some weights may have played no part in `total`; their `.grad` is None, and nothing
 # moves them. Return the norm of all gradients as it was before it was clipped.

@@ -276,12 +276,6 @@ STEP = Check(
             "Norms and the embedding do not decay.",
         ),
         Wrong(
-            "nothing decays",
-            '"weight_decay": decay',
-            '"weight_decay": 0.0',
-            "The matrices decay by decay, each group by its own number.",
-        ),
-        Wrong(
             "the head spared as well",
             "p.ndim > 1 and p is not trunk.embed.weight",
             "p.ndim > 1 and p.shape != trunk.embed.weight.shape",
