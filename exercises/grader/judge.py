@@ -307,14 +307,17 @@ def argument(outcome: object, exercise: Exercise, check: spec.Check) -> str:
 
 
 def parameters(exercise: Exercise, check: spec.Check) -> list[str]:
-    """The names of the arguments of the function that an exercise asks for.
+    """The names of the arguments of a case: those of the function asked for.
 
-    A class is made and called by the check, whose own names count then.
+    Or those of the check's own call, where that makes of them what it hands in.
     """
+    own = list(inspect.signature(check.call).parameters.values())[1:]
+    if exercise.kind == "torch" and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in own):
+        return [parameter.name for parameter in own]
     for node in ast.parse(exercise.stub).body:
         if isinstance(node, ast.FunctionDef) and node.name == exercise.name:
             return [argument.arg for argument in node.args.args]
-    return list(inspect.signature(check.call).parameters)[1:]
+    return []
 
 
 def _indented(text: str) -> str:
