@@ -84,6 +84,7 @@ def _syntax(text: str, error: SyntaxError) -> tuple[str, str]:
 
 def _not_written(tree: ast.Module, exercise: Exercise) -> tuple[str, str]:
     name, found = exercise.name, defined_names(tree)
+    kind = "class" if f"\nclass {name}" in exercise.stub else "def"
     for node in tree.body:
         assigned = isinstance(node, ast.Assign) and any(
             isinstance(t, ast.Name) and t.id == name for t in node.targets
@@ -94,13 +95,14 @@ def _not_written(tree: ast.Module, exercise: Exercise) -> tuple[str, str]:
         if assigned or imported:
             return (
                 f"`{name}` is borrowed",
-                f"It is imported or assigned. Write `def {name}(...)` yourself, in "
+                f"It is imported or assigned. Write `{kind} {name}(...)` yourself, in "
                 "this cell.",
             )
     there = f"; it defines `{found[-1]}`" if found else ""
+    what = "class" if kind == "class" else "function"
     return (
         f"No `{name}` in the cell",
-        f"The cell must define a function with the name `{name}`{there}.",
+        f"The cell must define a {what} with the name `{name}`{there}.",
     )
 
 

@@ -19,6 +19,10 @@ class ByName(dict):
     """Results that a check's ``call`` has put under their names."""
 
 
+class WithGradients(ByName):
+    """An answer's results, and behind them what autograd found of it."""
+
+
 class WrongForm(Exception):
     """What came back cannot be taken apart; the message is for the learner."""
 

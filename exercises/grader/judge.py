@@ -9,6 +9,7 @@ them on all cases is told its name.
 import ast
 import contextlib
 import copy
+import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,18 @@ from grader.cell import (
     reference_function,
     unknown,
 )
-from grader.compare import Tolerance, as_tuple, fault, same, shown
+from grader.compare import (
+    Tolerance,
+    WithGradients,
+    WrongForm,
+    as_tuple,
+    fault,
+    same,
+    shown,
+)
 from grader.complaint import ARGUMENT
 from grader.source import Exercise, find
+from grader.tensors import NOTE
 from grader.verdict import FAILED, PASSED, STUB, TODO, Verdict
 
 PRINT_LIMIT = 20_000  # characters kept of what an answer prints
@@ -99,7 +109,7 @@ def grade(answer: Answer, progress: Callable[[str], None] = print) -> Verdict:
 def expectations(
     exercise: Exercise, check: spec.Check, cases: Sequence[spec.Case]
 ) -> list[tuple]:
-    """The right results of every case, one array for each name in ``returns``."""
+    """The right results of every case, one array for each name."""
     function = check.oracle or reference_function(exercise)
     called = check.oracle or partial(check.call, function)
     with np.errstate(all="ignore"):
@@ -107,7 +117,10 @@ def expectations(
             called(*copy.deepcopy(case.args), **copy.deepcopy(case.kwargs))
             for case in cases
         ]
-    results = [as_tuple(value, check.returns) for value in right]
+    results = [
+        as_tuple(value, check.results(case))
+        for value, case in zip(right, cases, strict=True)
+    ]
     if None in results:
         raise spec.SpecError(f"{check.id}: the reference does not give {check.returns}")
     return results
@@ -153,7 +166,7 @@ def judge(
         said, more = _complaint(outcome.value, right, check, tolerance)
         if said is None:
             continue
-        about = argument(outcome.value, exercise)
+        about = argument(outcome.value, exercise, check)
         said = said.replace(ARGUMENT, about)
         if "notes" in more:
             more["notes"] = tuple(n.replace(ARGUMENT, about) for n in more["notes"])
@@ -161,11 +174,12 @@ def judge(
         advice = more.pop("advice", "")
         likeness, named = misconception(outcomes, exercise, check, cases, number)
         if named is not None:
-            if len(check.returns) > 1 or not seen:  # which of them is it about?
+            many = len(check.results(case)) > 1  # which of them is it about?
+            if many or not seen:
                 seen = f"{headline}\n{seen}".rstrip("\n")
             headline, advice = f"{likeness}: {named.name}", named.why
         where = f"case {number} of {len(cases)}: {case.label}"
-        lines = [arguments(case, exercise, tiny=number > 1), seen]
+        lines = [arguments(case, exercise, check, tiny=number > 1), seen]
         detail = "\n".join([where, *(_indented(text) for text in lines if text)])
         raise Fault(headline, advice, detail=detail, printed=outcome.printed, **more)
 
@@ -178,17 +192,34 @@ def _complaint(
         return headline, {"advice": advice, **unknown(outcome.error)}
     if isinstance(outcome, calls.Complaint):
         said = _wrong(outcome.value, right, check, tolerance) if outcome.last else None
+        if _is_gradient(said, outcome.value, check):
+            return said, {"notes": (NOTE,)}
         if said:
             return said, {"notes": (f"And: {outcome.headline[0].lower()}"
                                     f"{outcome.headline[1:]}.",)}  # fmt: skip
         return outcome.headline, {"advice": outcome.advice}
-    return _wrong(outcome, right, check, tolerance), {}
+    said = _wrong(outcome, right, check, tolerance)
+    return said, {"notes": (NOTE,)} if _is_gradient(said, outcome, check) else {}
 
 
 def _wrong(
     value: object, right: tuple, check: spec.Check, tolerance: Tolerance
 ) -> str | None:
-    return fault(value, right, check.returns, tolerance)
+    names = _names(value, check)
+    return fault(value, right[: len(names)], names, tolerance)
+
+
+def _names(value: object, check: spec.Check) -> tuple[str, ...]:
+    """What a value holds: an answer may have failed before it had gradients."""
+    further = check.gradients if isinstance(value, WithGradients) else ()
+    return (*check.returns, *further)
+
+
+def _is_gradient(said: str | None, value: object, check: spec.Check) -> bool:
+    """Whether a fault is that of a gradient."""
+    if said is None or not isinstance(value, WithGradients):
+        return False
+    return any(said.startswith((f"{d}:", f"{d}[")) for d in check.gradients)
 
 
 def misconception(
@@ -224,6 +255,8 @@ def _tells(value: object) -> bool:
     """Whether a wrong result is particular enough to be known by one case alone."""
     if _is_failure(value) or value is ... or value is None:
         return False
+    if isinstance(value, WithGradients):
+        value = tuple(value.values())
     results = value if isinstance(value, tuple) else (value,)
     arrays = [r for r in results if isinstance(r, np.ndarray | np.generic)]
     return len(arrays) == len(results) and any(np.isfinite(a).any() for a in arrays)
@@ -234,11 +267,14 @@ def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> 
     if type(one) is not type(two) and (_is_failure(one) or _is_failure(two)):
         return False
     if isinstance(one, Raised):
-        return type(one.error) is type(two.error)
+        said = {str(e.error) for e in (one, two) if isinstance(e.error, WrongForm)}
+        return type(one.error) is type(two.error) and len(said) < 2
     if isinstance(one, calls.Complaint):
-        both = one.headline == two.headline
-        return both and same(one.value, two.value, check.returns, tolerance)
-    return same(one, two, check.returns, tolerance)
+        if (one.headline, one.argument) != (two.headline, two.argument):
+            return False
+        one, two = one.value, two.value
+    names = _names(one, check)
+    return names == _names(two, check) and same(one, two, names, tolerance)
 
 
 def _is_failure(outcome: object) -> bool:
@@ -248,10 +284,12 @@ def _is_failure(outcome: object) -> bool:
 # --- in words ---------------------------------------------------------------------
 
 
-def arguments(case: spec.Case, exercise: Exercise, tiny: bool) -> str:
+def arguments(
+    case: spec.Case, exercise: Exercise, check: spec.Check, tiny: bool
+) -> str:
     """The arguments of a case, if a few lines can show them; ``tiny``: very few."""
     lines, numbers = [], 0
-    for name, value in zip(parameters(exercise), case.args, strict=False):
+    for name, value in zip(parameters(exercise, check), case.args, strict=False):
         if isinstance(value, np.ndarray | int | float):
             numbers += np.size(value)
             text = shown(value).replace("\n", "\n" + " " * 10)
@@ -260,16 +298,22 @@ def arguments(case: spec.Case, exercise: Exercise, tiny: bool) -> str:
     return text if text.count("\n") < 12 and (numbers < 10 or not tiny) else ""
 
 
-def argument(outcome: object, exercise: Exercise) -> str:
+def argument(outcome: object, exercise: Exercise, check: spec.Check) -> str:
     """The name of the argument that a complaint is about."""
     number = getattr(outcome, "argument", 0)
-    names = ["", *parameters(exercise)]
+    names = ["", *parameters(exercise, check)]
     known = 0 < number < len(names)
     return f"argument `{names[number]}`" if known else "argument"
 
 
-def parameters(exercise: Exercise) -> list[str]:
-    """The names of the arguments of the function that an exercise asks for."""
+def parameters(exercise: Exercise, check: spec.Check) -> list[str]:
+    """The names of the arguments of a case: those of the function asked for.
+
+    Or those of the check's own call, where that makes of them what it hands in.
+    """
+    own = list(inspect.signature(check.call).parameters.values())[1:]
+    if exercise.kind == "torch" and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in own):
+        return [parameter.name for parameter in own]
     for node in ast.parse(exercise.stub).body:
         if isinstance(node, ast.FunctionDef) and node.name == exercise.name:
             return [argument.arg for argument in node.args.args]

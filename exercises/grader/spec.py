@@ -27,6 +27,7 @@ class Case:
     label: str
     args: tuple
     kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    graph: bool = field(default=True, kw_only=True)  # torch: look at gradients as well
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Check:
     arguments (None: the reference does); ``call`` runs an answer on them, and may raise
     `compare.WrongForm`. ``exact_zeros``: what is zero must be zero, not nearly.
     ``joint_scale``: small is measured against the largest number of all results, for
-    where one of them may vanish.
+    where one of them may vanish. ``gradients``, of a torch exercise: further results,
+    each with the place of the tensor that it belongs to, an argument's number or that
+    and a key; the oracle gives them too, for what `tensors.arriving` sends back.
     """
 
     id: str
@@ -92,6 +95,11 @@ class Check:
     atol: float = ATOL  # times the largest expected number
     exact_zeros: bool = False
     joint_scale: bool = False
+    gradients: Mapping[str, int | tuple[int, str]] = field(default_factory=dict)
+
+    def results(self, case: Case) -> tuple[str, ...]:
+        """The names of all that is compared on a case."""
+        return (*self.returns, *(self.gradients if case.graph else ()))
 
     @property
     def tolerance(self) -> Tolerance:
@@ -100,13 +108,16 @@ class Check:
 
 
 def find(id_: str) -> Check:
-    """The check of one exercise: that of ``moe.2`` is in a ``checks/moe*.py``.
+    """The check of one exercise: that of ``moe.2`` is in a ``checks/moe*.py``, that of
+    ``moe.torch.2`` there or in a ``checks/torch*.py``.
 
     Raises SpecError if there is none.
     """
-    chapter = id_.partition(".")[0]
-    for path in sorted(CHECKS.glob(f"{chapter}*.py")):
-        for check in importlib.import_module(f"checks.{path.stem}").CHECKS:
-            if check.id == id_:
-                return check
-    raise SpecError(f"no checks/{chapter}*.py says anything of {id_}")
+    *names, _ = id_.split(".")
+    for name in reversed(names):
+        for path in sorted(CHECKS.glob(f"{name}*.py")):
+            for check in importlib.import_module(f"checks.{path.stem}").CHECKS:
+                if check.id == id_:
+                    return check
+    files = " or ".join(f"checks/{name}*.py" for name in names)
+    raise SpecError(f"no {files} says anything of {id_}")
