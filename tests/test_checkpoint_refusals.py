@@ -309,7 +309,7 @@ def led_out(folder: Path) -> None:
 
 IN_FILES = {
     "a file missing": (lambda f: file_of(f).unlink(),
-                       [SECOND, "one of 1 of the", "complete the download"]),
+                       [SECOND, "lacks 1 of the", "complete the download"]),
     "a file cut short": (lambda f: file_of(f).write_bytes(
         file_of(f).read_bytes()[:-1]), [SECOND, "cut short"]),
     "a file of another model": (emptied, [SECOND, INDEX := checkpoints.INDEX]),
