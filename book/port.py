@@ -74,14 +74,16 @@ def saved_bytes() -> Iterator[SimpleNamespace]:
         yield count
 
 
-def nbytes(saved: object) -> int:
-    """Bytes of all arrays in a nest of tuples, each memory counted once."""
+def nbytes(saved: object, params: dict) -> int:
+    """Bytes of all arrays in a nest of tuples, each memory once, the weights apart."""
     seen: dict[int, int] = {}
+    weights = {id(array) for array in params.values()}
 
     def walk(what: object) -> None:
         if isinstance(what, np.ndarray):
             base = what if what.base is None else what.base
-            seen[id(base)] = getattr(base, "nbytes", what.nbytes)
+            if id(base) not in weights:
+                seen[id(base)] = getattr(base, "nbytes", what.nbytes)
         elif isinstance(what, tuple | list):
             for part in what:
                 walk(part)

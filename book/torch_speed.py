@@ -177,7 +177,7 @@ def texts() -> Iterator[torch.Tensor]:
 def measure_here(arm: str, threads: int, steps: int) -> Row:
     """One arm in this process, whose settings it changes: run it in one of its own."""
     torch.set_num_threads(threads)
-    if arm in PEERS[1:] or OURS.index("memory kept") <= place(arm):
+    if keeps_memory(arm):
         processor.keep_freed_memory()
     exact = False
     if arm in PEERS[1:] or arm == "oneDNN":
@@ -197,9 +197,9 @@ def measure_here(arm: str, threads: int, steps: int) -> Row:
     }  # fmt: skip
 
 
-def place(arm: str) -> int:
-    """Where an arm of ours stands in the list of changes; -1 for a peer."""
-    return OURS.index(arm) if arm in OURS else -1
+def keeps_memory(arm: str) -> bool:
+    """Whether an arm has "memory kept"; then a step's memory cannot be told apart."""
+    return arm in PEERS[1:] or arm in OURS[OURS.index("memory kept") :]
 
 
 def resident() -> float:

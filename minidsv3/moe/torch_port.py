@@ -4,8 +4,8 @@ r"""MoE in PyTorch: the router by autograd, the experts by our own backward pass
 as a buffer. N = B*T tokens, P = N*K pairs of a token and an expert. The experts are
 computed many at a time: sorted by load, cut into slabs of nearly equal load, filled up
 to the fullest of the slab, one batched product a slab. `Experts` is a
-``torch.autograd.Function`` because autograd would keep every intermediate, add up the
-tokens' gradients pair by pair, and does not know that a weight of zero undoes padding.
+``torch.autograd.Function`` because autograd would keep every intermediate, of which
+most are cheaper to make again, and would add up the tokens' gradients pair by pair.
 """
 
 from collections.abc import Callable

@@ -41,5 +41,6 @@ class MTPModule(nn.Module):
                 "must have one shape: give each position i the token i + k"
             )
         joined = torch.cat([self.enorm(e), self.hnorm(h)], dim=-1)  # (B, T, 2*D)
-        x, further = self.block(self.eh_proj(joined), *more)
+        h_prime = self.eh_proj(joined).to(h.dtype)  # the stream: not under autocast
+        x, further = self.block(h_prime, *more)
         return self.shared_head["norm"](x), further

@@ -2,8 +2,9 @@ r"""Training in PyTorch: the loop of `minidsv3.training.numpy_ref`, faster.
 
 The same recipe, batches, schedule and records; gradients come from autograd, AdamW is
 torch's fused one. What is rounded lower under ``precision="bfloat16"`` are the matrix
-products; weights, gradients' sums, both moments, norms, softmax and router stay in
-float32 (as the report has it, section 3.3, with bfloat16 in the place of FP8).
+products and what passes between them; weights, stored gradients, both moments, the
+stream and the router stay in float32, and norms and softmax compute in it (as the
+report has it, section 3.3, with bfloat16 in the place of FP8).
 """
 
 import math
