@@ -109,55 +109,59 @@ def test_words_stay_inside_and_apart(name: str, tmp_path: Path) -> None:
 # --- the slabs ----------------------------------------------------------------------
 
 
+E, SLAB = 8, int(SLABS.attrib["data-slab"])
+ROUTING = [
+    [int(e) for e in pair.split()] for pair in SLABS.attrib["data-routing"].split(",")
+]
+LOADS = [sum(e in pair for pair in ROUTING) for e in range(E)]
+
+
 @pytest.fixture
-def laid_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[list[list[int]], torch_port.Layout]:
-    """The routing that the drawing states, and where `lay_out` puts its pairs."""
-    monkeypatch.setattr(torch_port, "SLAB", int(SLABS.attrib["data-slab"]))
-    pairs = SLABS.attrib["data-routing"].split(",")
-    experts = [[int(e) for e in pair.split()] for pair in pairs]
-    return experts, torch_port.lay_out(torch.tensor(experts), 8)
+def ways(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch_port.Layout]:
+    """Where `lay_out` puts the drawing's pairs: in slabs of one, of SLAB, of all."""
+    layouts = {}
+    for way, size in (("one", 1), ("slabs", SLAB), ("all", E)):
+        monkeypatch.setattr(torch_port, "SLAB", size)
+        layouts[way] = torch_port.lay_out(torch.tensor(ROUTING), E)
+    return layouts
 
 
-def loads(experts: list[list[int]]) -> list[int]:
-    return [sum(e in pair for pair in experts) for e in range(8)]
-
-
-def test_numbers_are_those_of_lay_out(laid_out: tuple) -> None:
-    experts, layout = laid_out
-    size, counts = int(SLABS.attrib["data-slab"]), loads(experts)
-    pairs, rows = sum(counts), len(layout.token)
-    used = [n for n in counts if n]
+def test_numbers_are_those_of_lay_out(ways: dict) -> None:
+    layout, pairs = ways["slabs"], sum(LOADS)
     true = {
-        "tokens": [len(experts)],
-        "K": [len(experts[0])],
+        "tokens": [len(ROUTING)],
+        "K": [len(ROUTING[0])],
         "pairs": [pairs],
-        "slab": [size],
-        "products one": [len(used)],
-        "products slabs": [len(layout.slabs)],
-        "products all": [1],
-        "rows-of one": [pairs],
-        "rows-of slabs": [rows],
-        "rows-of all": [8 * max(counts)],
-        "empty one": [0],
-        "empty slabs": [rows - pairs],
-        "empty all": [8 * max(counts) - pairs],
+        "slab": [SLAB],
+        "idle": layout.idle.tolist(),
     }
-    true |= {f"expert {e}": [e] for e in range(8)}
-    true |= {f"load {e}": [n] for e, n in enumerate(counts)}
-    true |= {f"rank {k}": [e] for k, e in enumerate(layout.by_load.tolist())}
+    for way, (slabs, _, token, _) in ways.items():
+        true[f"products {way}"] = [len(slabs)]
+        true[f"rows-of {way}"] = [len(token)]
+        true[f"empty {way}"] = [len(token) - pairs]
+    true |= {f"expert {e}": [e] for e in range(E)}
+    true |= {f"load {e}": [n] for e, n in enumerate(LOADS)}
+    busy = torch.cat([slab.experts for slab in layout.slabs]).tolist()
+    true |= {f"rank {k}": [e] for k, e in enumerate(busy)}
     for j, slab in enumerate(layout.slabs):
         true[f"rows {j}"] = [slab.rows.start, slab.rows.stop - 1]
-        true[f"batch {j}"] = [size, slab.height]
+        true[f"batch {j}"] = [len(slab.experts), slab.height]
+        true[f"matrices {j}"] = [len(slab.experts)]
     drawn = list(said(SLABS, "says"))
     for element, what in drawn:
         assert numbers(element) == true[what], what
     assert {what for _, what in drawn} == true.keys()
 
 
-def test_every_cell_of_the_slabs_is_a_row(laid_out: tuple) -> None:
-    experts, layout = laid_out
+def test_the_idle_expert_gets_zeros(ways: dict) -> None:
+    layout, ones = ways["slabs"], torch.ones(len(ways["slabs"].token), 1)
+    dW = torch_port.grouped_dW(ones, ones, torch.ones(E, 1, 1), layout)
+    zero = [e for e in range(E) if not dW[e].any()]
+    assert [numbers(e) for e, what in said(SLABS, "says") if what == "idle"] == [zero]
+
+
+def test_every_cell_of_the_slabs_is_a_row(ways: dict) -> None:
+    layout = ways["slabs"]
     cells = {int(row): e for e, row in said(SLABS, "row")}
     assert sorted(cells) == list(range(len(layout.token)))
     taken = layout.place.flatten().tolist()
@@ -167,13 +171,13 @@ def test_every_cell_of_the_slabs_is_a_row(laid_out: tuple) -> None:
             assert int(cell.attrib["data-token"]) == layout.token[row]
     for slab in layout.slabs:  # a column an expert, in the order of the loads
         columns = {float(cells[r].attrib["x"]) for r in range(*slab.rows.indices(99))}
-        assert len(columns) == slab.ranks.stop - slab.ranks.start
+        assert len(columns) == len(slab.experts)
         for first in range(slab.rows.start, slab.rows.stop, slab.height):
             column = [cells[first + i].attrib["x"] for i in range(slab.height)]
             assert len(set(column)) == 1
     counted = [tuple(map(int, pair.split())) for _, pair in said(SLABS, "pair")]
     assert sorted(counted) == sorted(
-        (t, e) for t, pair in enumerate(experts) for e in pair
+        (t, e) for t, pair in enumerate(ROUTING) for e in pair
     )
 
 
@@ -186,13 +190,10 @@ def test_cells_bear_the_letters_of_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("way", ["one", "slabs", "all"])
-def test_the_three_ways_have_their_rows(laid_out: tuple, way: str) -> None:
-    experts, layout = laid_out
-    counts = loads(experts)
-    rows = {"one": sum(counts), "slabs": len(layout.token), "all": 8 * max(counts)}
+def test_the_three_ways_have_their_rows(ways: dict, way: str) -> None:
     kinds = [kind for _, kind in said(SLABS, way)]
-    assert kinds.count("row") == sum(counts)
-    assert kinds.count("filler") == rows[way] - sum(counts)
+    assert kinds.count("row") == sum(LOADS)
+    assert kinds.count("filler") == len(ways[way].token) - sum(LOADS)
 
 
 # --- the two models -----------------------------------------------------------------
@@ -239,9 +240,9 @@ def test_experts_save_what_is_drawn() -> None:
     source = textwrap.dedent(inspect.getsource(torch_port.Experts.forward))
     calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
     (call,) = (c for c in calls if ast.unparse(c.func) == "ctx.save_for_backward")
-    saved = [ast.unparse(arg).replace("*weights", "W") for arg in call.args]
+    saved = ", ".join(ast.unparse(arg) for arg in call.args)
     drawn = " ".join(words(e) for e, _ in said(PORT, "saves"))
-    assert drawn.split(", ") == saved
+    assert drawn == saved.replace("W_gate, W_up, W_down", "W")  # a word for the three
 
 
 # --- the checkpoint -----------------------------------------------------------------
