@@ -61,10 +61,10 @@ def parses(text: str) -> bool:
 
 
 def completions(folder: Path, prompts: list[str]) -> Iterator[str]:
-    """What the model makes of each prompt, which it is told stands alone."""
+    """What the model makes of each prompt, below two blank lines as in a file."""
     config, params = checkpoints.load(folder)
     for seed, prompt in enumerate(prompts):
-        ids = np.append(corpus.BOUNDARY, corpus.encode(prompt))[None].astype(np.int64)
+        ids = corpus.encode("\n\n\n" + prompt)[None].astype(np.int64)
         new = generate(params, config, ids, LONGEST, TEMPERATURE, 1.0, seed)[0]
         ends = np.flatnonzero(new == corpus.BOUNDARY)
         new = new[: ends[0]] if len(ends) else new
@@ -126,8 +126,8 @@ def main() -> None:
         "training_tokens": recipe["steps"] * recipe["batch_size"] * length,
         "held_out_bits_per_byte": bits,
         "functions_that_parse": sum(map(parses, whole)) / HEADERS,
-        "functions": f"{HEADERS} held-out headers, temperature {TEMPERATURE}, at most "
-        f"{LONGEST} bytes, cut at the function's end",
+        "functions": f"{HEADERS} held-out headers below two blank lines, temperature "
+        f"{TEMPERATURE}, at most {LONGEST} bytes, cut at the function's end",
     }
     with replacing(MINI_FOLDER / "run.json") as beside:
         beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
