@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,3 +110,14 @@ def test_headers_are_of_held_out_functions() -> None:
     ids = corpus.load_corpus().held_out
     text = bytes(np.where(ids == corpus.BOUNDARY, 0, ids).astype(np.uint8))
     assert all(b"\n" + header.encode() in text for header in found)
+
+
+def test_git_has_it() -> None:
+    """Model files are ignored, but for this one: a clone must have it."""
+    root = MINI_FOLDER.parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not in a clone")
+    words = ["git", "-C", str(root), "ls-files", "minidsv3/mini"]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    names = {Path(line).name for line in listed.split()}
+    assert names == {path.name for path in MINI_FOLDER.iterdir()}
