@@ -49,9 +49,7 @@ def top_anywhere(scores: Tensor, k: int) -> Tensor:
     """The same in torch's own operations, for tensors of any device."""
     scores, best = scores.clone(), []
     for _ in range(k):
-        best.append(
-            scores.argmax(dim=-1, keepdim=True)
-        )  # (..., 1), the first of equals
+        best.append(scores.argmax(dim=-1, keepdim=True))  # the first of equals
         scores.scatter_(-1, best[-1], -torch.inf)
     return torch.cat(best, dim=-1)
 
