@@ -5,7 +5,8 @@ The map, mechanism by implementation. Imports point downwards only::
     __main__      the command line
     options       what its words mean
     training      numpy_ref · torch_port · held_out · run_folder · command · processor
-    generation    numpy_ref
+    generation    numpy_ref · decoding · prompts · rules · stopping · prefill
+                  · numpy_decoder · torch_port · compiled · cpu_kernels
     model         numpy_ref · block_numpy_ref · torch_port
     mtp           numpy_ref · torch_port
     moe           numpy_ref · torch_port

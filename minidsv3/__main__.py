@@ -78,10 +78,7 @@ def _generate(options: argparse.Namespace) -> int:
             f"{len(prompt)} tokens this model has room for 1 to {room}"
         )
     _write(tokenizer.decode(prompt))
-    sampling = (options.temperature, options.top_p, options.seed)
-    asked = (params, model, prompt[None], options.max_new_tokens, *sampling)
-    drafting = model.num_nextn_predict_layers > 0 and not options.no_speculative
-    (_write_speculating if drafting else _write_stream)(asked, tokenizer)
+    _write_stream(options, (params, model), prompt, tokenizer)
     return 0
 
 
@@ -101,21 +98,23 @@ def _prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.array([tokenizer.start])
 
 
-def _write_stream(asked: tuple, tokenizer: Tokenizer) -> None:
-    from minidsv3.generation.numpy_ref import stream
+def _write_stream(
+    options: argparse.Namespace, model: tuple, prompt: np.ndarray, tokenizer: Tokenizer
+) -> None:
+    """The text as it comes, and on stderr what became of the drafts."""
+    from minidsv3.generation import stream
+    from minidsv3.generation.stopping import StopStrings
 
-    for ids in stream(*asked):
-        _write(tokenizer.decode(ids))
-    print()
-
-
-def _write_speculating(asked: tuple, tokenizer: Tokenizer) -> None:
-    """The text, and on stderr what became of the drafts."""
-    from minidsv3.generation.numpy_ref import speculate
-
-    for new, so_far in speculate(*asked):
-        _write(tokenizer.decode(new[0]))
-        counts = so_far
+    drafting = model[1].num_nextn_predict_layers > 0 and not options.no_speculative
+    shown = StopStrings(options.stop)
+    for step in stream(
+        model, prompt[None], options.max_new_tokens, options.temperature,
+        options.top_p, drafting, options.seed, stop=options.stop, tokenizer=tokenizer,
+    ):  # fmt: skip
+        for token in step.tokens[0]:
+            _write(shown.feed(tokenizer.decode([token])))
+        counts = step.statistics
+    _write(shown.rest())
     print()
     if counts.drafts:
         print(

@@ -167,6 +167,10 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         "--seed", type=_whole, metavar="N", help="the same seed, the same text"
     )
     generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be repeated",
+    )  # fmt: skip
+    generate.add_argument(
         "--no-speculative", action="store_true",
         help="do not let the MTP module draft, if the model has one",
     )  # fmt: skip

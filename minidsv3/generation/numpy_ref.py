@@ -5,7 +5,7 @@ checks it while it computes its own next step. The text follows the same law.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +35,9 @@ def next_token_law(logits: Array, temperature: float, top_p: float = 1.0) -> Arr
     if not np.isfinite(logits).all():
         raise ValueError("next_token_law: the logits hold NaN or infinity")
     if temperature == 0:
-        return np.eye(logits.shape[-1])[logits.argmax(axis=-1)]  # (B, V)
+        law = np.zeros(logits.shape)  # (B, V)
+        np.put_along_axis(law, logits.argmax(axis=-1)[..., None], 1.0, axis=-1)
+        return law
     z = logits.astype(np.float64)  # (B, V)
     z -= z.max(axis=-1, keepdims=True)  # first: a tiny temperature would overflow
     with np.errstate(over="ignore"):
@@ -134,11 +136,14 @@ def _checked_request(
 
 @dataclass(frozen=True)
 class Speculation:
-    """What speculative decoding has done so far, the prefill included."""
+    """What speculative decoding has done so far, the prefill included.
+
+    Everything is counted for each sequence of a batch, and added up.
+    """
 
     trunk_passes: int = 0
-    tokens: int = 0  # new ones, a sequence
-    drafts: int = 0  # of all sequences
+    tokens: int = 0  # new ones
+    drafts: int = 0
     accepted: int = 0  # of those
 
     @property
@@ -188,12 +193,12 @@ def speculate(
 
     logits, h = read(ids)
     new = draw(law(logits[:, -1]), rng)[:, None]  # (B, 1)
-    counts = Speculation(trunk_passes=1, tokens=1)
+    counts, done = _counted(Speculation(), new), 1  # done: new tokens a sequence
     pairs = np.append(ids[:, 1:], new, axis=1)  # (B, T): the tokens after h's
     yield new, counts
-    while counts.tokens + 1 < max_new_tokens:  # there is room for two
+    while done + 1 < max_new_tokens:  # there is room for two
         z = mtp_step(params, config, h, pairs, mtp_cache)[:, -1]  # (B, V)
-        n = ids.shape[1] + counts.tokens
+        n = ids.shape[1] + done
         assert mtp_cache.length == n - 1 and {c.length for c in caches} == {n - 1}
         q = law(z)
         draft = draw(q, rng)  # (B)
@@ -207,20 +212,21 @@ def speculate(
             for cache in caches:
                 cache.crop(n)
         pairs = new
-        counts = _counted(counts, new, kept)
+        counts, done = _counted(counts, new, kept), done + new.shape[1]
         yield new, counts
-    if counts.tokens < max_new_tokens:  # one is missing: nothing to gain by a draft
+    if done < max_new_tokens:  # one is missing: nothing to gain by a draft
         logits, _ = read(new[:, -1:])
         new = draw(law(logits[:, -1]), rng)[:, None]  # (B, 1)
-        yield new, _counted(counts, new, np.array([], bool))
+        yield new, _counted(counts, new)
 
 
-def _counted(counts: Speculation, new: Array, kept: Array) -> Speculation:
-    """The counts after one more trunk pass."""
-    return replace(
-        counts,
-        trunk_passes=counts.trunk_passes + 1,
-        tokens=counts.tokens + new.shape[1],
-        drafts=counts.drafts + kept.size,
-        accepted=counts.accepted + int(kept.sum()),
+def _counted(
+    counts: Speculation, new: Array, kept: Array | tuple[()] = ()
+) -> Speculation:
+    """The counts after one more trunk pass over a batch."""
+    return Speculation(
+        trunk_passes=counts.trunk_passes + len(new),
+        tokens=counts.tokens + new.size,
+        drafts=counts.drafts + len(kept),
+        accepted=counts.accepted + int(np.sum(kept)),
     )

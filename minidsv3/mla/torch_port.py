@@ -5,6 +5,7 @@ The naive form trains and reads prompts, the absorbed form decodes. Heads stand 
 positions, (B, N_h, T, d); a cache keeps one tensor, (B, S, d_c + d_R).
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,11 +53,12 @@ class LatentAttention(nn.Module):
         With a cache, x continues what it holds. Both forms answer the same.
         """
         q_C, q_R = self.queries(x, rotation)
-        kept = self.latents(x, rotation)
+        kept, visible = self.latents(x, rotation), None
         if cache is not None:
+            visible = cache.visible(x.shape[1])
             (kept,) = cache.extend(kept)  # (B, S, d_c + d_R)
         attend = self.attend_absorbed if absorbed else self.attend_naive
-        o = attend(q_C, q_R, kept)  # (B, N_h, T, d_v)
+        o = attend(q_C, q_R, kept, visible)  # (B, N_h, T, d_v)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +84,17 @@ class LatentAttention(nn.Module):
         k_R = rotate(k_R[:, None], rotation)[:, 0]  # (B, T, d_R)
         return torch.cat([self.kv_a_layernorm(a), k_R], dim=-1)
 
-    def attend_naive(self, q_C: Tensor, q_R: Tensor, kept: Tensor) -> Tensor:
+    def attend_naive(
+        self,
+        q_C: Tensor,
+        q_R: Tensor,
+        kept: Tensor,
+        visible: np.ndarray | None = None,
+    ) -> Tensor:
         """Make every head's keys and values, then attend: eqs. (2), (5) and (10).
 
         Shapes: q_C (B, N_h, T, d_h), q_R (B, N_h, T, d_R), kept (B, S, d_c + d_R)
-        -> (B, N_h, T, d_v).
+        -> (B, N_h, T, d_v). visible is that of `causal_attention`.
         """
         c = self.config
         N_h = c.num_attention_heads
@@ -96,9 +104,15 @@ class LatentAttention(nn.Module):
         k_R = k_R[:, None].expand(-1, N_h, -1, -1)  # (B, N_h, S, d_R)
         q = torch.cat([q_C, q_R], dim=-1)  # (B, N_h, T, d_h + d_R)
         k = torch.cat([k_C, k_R], dim=-1)  # (B, N_h, S, d_h + d_R)
-        return causal_attention(q, k, v, self.scale)
+        return causal_attention(q, k, v, self.scale, visible)
 
-    def attend_absorbed(self, q_C: Tensor, q_R: Tensor, kept: Tensor) -> Tensor:
+    def attend_absorbed(
+        self,
+        q_C: Tensor,
+        q_R: Tensor,
+        kept: Tensor,
+        visible: np.ndarray | None = None,
+    ) -> Tensor:
         """Move W_UK into the query and W_UV behind the sum: attend to the latents.
 
         Shapes and answer as in `attend_naive`. All heads read one key of d_c + d_R
@@ -110,4 +124,4 @@ class LatentAttention(nn.Module):
         q = torch.cat([q_C @ W_UK, q_R], dim=-1)  # (B, N_h, T, d_c + d_R)
         k = kept[:, None]  # (B, 1, S, d_c + d_R)
         v = k[..., : c.kv_lora_rank]  # (B, 1, S, d_c)
-        return causal_attention(q, k, v, self.scale) @ W_UV.mT
+        return causal_attention(q, k, v, self.scale, visible) @ W_UV.mT

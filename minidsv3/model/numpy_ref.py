@@ -265,18 +265,26 @@ def mtp_step(
     which is the module's own. Raises ValueError for a model without modules and for
     ids outside the vocabulary, FloatingPointError for logits that are not finite.
     """
-    _check_has_module(config)
     check(params, config)
+    with _naming_the_culprit(params):
+        h_1 = mtp_states(params, config, h, ids, cache)
+        logits, _ = linear_forward(h_1, params["lm_head.weight"])
+        _check_finite(logits)
+    return logits
+
+
+def mtp_states(
+    params: Params, config: Config, h: Array, ids: Array, cache: Cache
+) -> Array:
+    """What the head reads of module 1 in `mtp_step`: (B, T, D). Raises likewise."""
+    _check_has_module(config)
     ids = _checked_ids(ids)
     _check_length(cache.length + ids.shape[1], config)
     e, _ = embedding_forward(ids, params["model.embed_tokens.weight"])
     block = _mtp_block(config, h.dtype, cache)
     module = _module(params, config, 1)
-    with _naming_the_culprit(params):
-        h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
-        logits, _ = linear_forward(h_1, params["lm_head.weight"])
-        _check_finite(logits)
-    return logits
+    h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
+    return h_1
 
 
 def _depths(config: Config) -> range:

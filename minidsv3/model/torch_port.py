@@ -114,8 +114,13 @@ class DeepSeekV3(nn.Module):
         """What the head reads, (B, T, D) after the final norm, and every routing."""
         _check_ids(ids, self.config)
         x, L = self.model.embed_tokens(ids), self.config.num_hidden_layers
-        start = 0 if caches is None else common_length(caches, L)
-        rotation = self._rotation(start, ids.shape[1])
+        T = ids.shape[1]
+        if caches is None:
+            positions = np.arange(T)
+        else:
+            common_length(caches, L)
+            positions = caches[0].positions(T)
+        rotation = self._rotation(positions)
         routings = []
         for n in range(L):
             cache = None if caches is None else caches[n]
@@ -148,7 +153,7 @@ class DeepSeekV3(nn.Module):
         for k in range(1, D + 1):  # depth k reads h_1 … h_{T-k} and t_{k+1} … t_T
             module = self.model.layers[config.num_hidden_layers + k - 1]
             h, routing = module(
-                h[:, :-1], e[:, k:], self._rotation(0, ids.shape[1] - 1 - k)
+                h[:, :-1], e[:, k:], self._rotation(np.arange(ids.shape[1] - 1 - k))
             )
             values.append(self._head_loss(h, ids[:, k + 1 :]))
             if routing:
@@ -177,18 +182,37 @@ class DeepSeekV3(nn.Module):
             for name, routing in zip(biases, routings, strict=True)
         }
 
-    def _rotation(self, start: int, length: int) -> Tensor:
-        """The angles of positions from ``start`` on; only differences matter."""
-        if start + length > self.config.max_position_embeddings:
+    def draft_states(self, h: Tensor, ids: Tensor, cache: Cache) -> Tensor:
+        """What the head reads of MTP module 1, for drafting: (B, T, D).
+
+        It reads the pairs (h_i, t_{i+1}): h (B, T, D) of `hidden_states`, ids (B, T)
+        one place further on. The cache is the module's own. Raises ValueError for a
+        model without modules.
+        """
+        if not self.config.num_nextn_predict_layers:
             raise ValueError(
-                f"{start + length} positions asked for, but max_position_embeddings is "
-                f"{self.config.max_position_embeddings}; shorten the text or raise the "
-                "limit"
+                "num_nextn_predict_layers is 0: the model has no MTP module to draft "
+                "with"
             )
-        positions = torch.arange(
-            start, start + length, dtype=torch.float64, device="cpu"
+        _check_ids(ids, self.config)
+        module = self.model.layers[self.config.num_hidden_layers]
+        rotation = self._rotation(cache.positions(ids.shape[1]))
+        z, _ = module(h, self.model.embed_tokens(ids), rotation, cache)
+        return z
+
+    def _rotation(self, positions: np.ndarray) -> Tensor:
+        """The angles of positions (T,) or (B, T); only differences matter.
+
+        Texts of different lengths, (B, T), were measured by whoever settled them; a
+        draft that nobody will keep may stand behind the context.
+        """
+        if positions.ndim == 1:
+            _check_length(int(positions[-1]) + 1, self.config)
+        return rope_rotation(
+            torch.from_numpy(positions.astype(np.float64)),
+            self.config,
+            self.lm_head.weight,
         )
-        return rope_rotation(positions, self.config, self.lm_head.weight)
 
     def new_caches(self, capacity: int) -> list[Cache]:
         """One empty cache a layer, for ``capacity`` positions."""
@@ -260,6 +284,15 @@ def _array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _check_length(length: int, config: Config) -> None:
+    most = config.max_position_embeddings
+    if length > most:
+        raise ValueError(
+            f"{length} positions asked for, but max_position_embeddings is {most}; "
+            "shorten the text or raise the limit"
+        )
 
 
 @torch.compiler.disable

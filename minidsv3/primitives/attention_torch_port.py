@@ -5,6 +5,7 @@ matrix of probabilities where it has a fused kernel. Heads stand before position
 (B, N_h, T, d), as that function wants them.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,21 +18,31 @@ from minidsv3.primitives.torch_port import linear, rotate
 CHUNK = 128  # queries of one product
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    visible: np.ndarray | None = None,
+) -> Tensor:
     r"""Scaled dot-product attention, :math:`o = \mathrm{softmax}(α\,q k^\top)\,v`.
 
     The T queries are the last T of the S positions, so a cached past needs no other
-    mask. Shapes: q (B, N_h, T, d_k), k (B, N_kv, S, d_k), v (B, N_kv, S, d_v)
-    -> o (B, N_h, T, d_v). Each key head serves N_h / N_kv query heads.
+    mask; where texts differ in length, visible (B, T, S) says who sees whom.
+    Shapes: q (B, N_h, T, d_k), k (B, N_kv, S, d_k), v (B, N_kv, S, d_v) -> o
+    (B, N_h, T, d_v). Each key head serves N_h / N_kv query heads.
     """
     T, S, grouped = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and T == S > 1 and not grouped:
+    plain = visible is None
+    if q.device.type == "cpu" and T == S > 1 and not grouped and plain:
         return attention_in_chunks(q, k, v, scale)
     mask = None
-    if 1 < T < S:  # torch's own causal mask aligns the first query with the first key
+    if not plain:
+        mask = torch.from_numpy(visible).to(q.device)[:, None]  # (B, 1, T, S)
+    elif 1 < T < S:  # torch's own causal mask aligns the first query with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=1 < T == S, scale=scale, enable_gqa=grouped
+        q, k, v, mask, is_causal=plain and 1 < T == S, scale=scale, enable_gqa=grouped
     )
 
 
@@ -86,5 +97,6 @@ class PlainAttention(nn.Module):
         if cache is not None:  # it grows along axis 1, before the heads
             kept = cache.extend(k.transpose(1, 2), v.transpose(1, 2))
             k, v = (one.transpose(1, 2) for one in kept)  # (B, N_kv, S, d), both
-        o = causal_attention(q, k, v, self.scale)
+        visible = None if cache is None else cache.visible(x.shape[1])
+        o = causal_attention(q, k, v, self.scale, visible)
         return self.o_proj(o.transpose(1, 2).flatten(2))

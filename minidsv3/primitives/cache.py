@@ -51,16 +51,31 @@ class Cache:
             )
         self.length = length
 
+    def positions(self, T: int) -> np.ndarray:
+        """Where T more tokens will stand: (T,)."""
+        return np.arange(self.length, self.length + T)
+
+    def visible(self, T: int) -> np.ndarray | None:
+        """None: T new tokens are the last, and see all that `extend` returns up to
+        themselves."""
+        return None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What is kept and the room behind it, (B, capacity, ...); nothing at first."""
+        return self._arrays
+
     @property
     def nbytes(self) -> int:
         """Bytes that the kept positions fill, counted from the arrays."""
         return sum(kept[:, : self.length].nbytes for kept in self._arrays)
 
     def _room_for(self, n: Array) -> Array:
+        """Zeros: what is hidden by a weight of 0 must not be NaN."""
         shape = (n.shape[0], self.capacity, *n.shape[2:])
         if isinstance(n, np.ndarray):
-            return np.empty(shape, n.dtype)
-        return n.new_empty(shape)  # a tensor, on its own device
+            return np.zeros(shape, n.dtype)
+        return n.new_zeros(shape)  # a tensor, on its own device
 
     def _check_kind(self, new: tuple[Array, ...]) -> None:
         """Assignment would stretch a batch of one, and round float64 to float32."""
@@ -70,6 +85,49 @@ class Cache:
                 f"cache: it keeps {kept} (batch, widths, precision), but {given} "
                 "arrives; a cache is for one model and one batch"
             )
+
+
+class RaggedCache(Cache):
+    """The same for texts of different lengths: each row continues at its own end.
+
+    After `settle`, `extend` writes behind each row's end and moves no end; the next
+    `settle` says how much of it counts. What lies behind an end is rubbish that
+    `visible` hides and later tokens write over.
+    """
+
+    lengths: np.ndarray | None = None  # (B,), once settled
+
+    def settle(self, lengths: np.ndarray) -> None:
+        """Each row holds so many positions: lengths (B,)."""
+        self.lengths, self.length = lengths, int(lengths.max())
+
+    def extend(self, *new: Array) -> tuple[Array, ...]:
+        """Write ``new`` (B, T, ...) behind each row's end; all that any row holds."""
+        if self.lengths is None:
+            return super().extend(*new)
+        if not self._arrays:
+            self._arrays = tuple(self._room_for(n) for n in new)
+        T = new[0].shape[1]
+        rows, places = np.arange(len(self.lengths))[:, None], self.positions(T)
+        for kept, n in zip(self._arrays, new, strict=True):
+            kept[rows, places] = n
+        return tuple(kept[:, : self.length + T] for kept in self._arrays)
+
+    def positions(self, T: int) -> np.ndarray:
+        """Where T more tokens of each row will stand: (T,), or (B, T) once settled."""
+        if self.lengths is None:
+            return super().positions(T)
+        return self.lengths[:, None] + np.arange(T)
+
+    def visible(self, T: int) -> np.ndarray | None:
+        """What T new tokens of each row see of what `extend` returns: (B, T, S)."""
+        if self.lengths is None:
+            return None
+        return np.arange(self.length + T) <= self.positions(T)[..., None]
+
+    def select(self, rows: np.ndarray) -> None:
+        """Keep these rows of the batch alone."""
+        self._arrays = tuple(kept[rows] for kept in self._arrays)
 
 
 def common_length(caches: Sequence[Cache], layers: int) -> int:

@@ -57,13 +57,16 @@ class SwiGLU(nn.Module):
 def rope_rotation(positions: Tensor, config: Config, like: Tensor) -> Tensor:
     r"""Cosine and sine of the angles :math:`p\,θ_j`: positions (T,) -> (2, T, d_R/2).
 
-    Formed in float64 on the processor, for some accelerators have none, and rounded
-    once at the end to the precision of ``like``, float32 at least, on its device.
+    Texts with positions of their own, (B, T), give (2, B, 1, T, d_R/2). Formed in
+    float64 on the processor, for some accelerators have none, and rounded once at the
+    end to the precision of ``like``, float32 at least, on its device.
     """
     theta = torch.tensor(
         rope_frequencies(config).tolist(), dtype=torch.float64, device="cpu"
     )
-    angles = positions.cpu()[:, None] * theta  # (T, d_R/2)
+    angles = positions.cpu()[..., None] * theta  # (T, d_R/2)
+    if positions.ndim == 2:
+        angles = angles[:, None]  # (B, 1, T, d_R/2), the same for all heads
     turn = torch.stack([angles.cos(), angles.sin()])  # (2, T, d_R/2)
     return turn.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
 
@@ -73,7 +76,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     Coordinates 2j and 2j+1 are one complex number, multiplied by :math:`e^{i\,p\,θ_j}`;
     written out in real numbers, which every device has and the compiler can fuse.
-    Shapes: x (B, H, T, d_R), rotation (2, T, d_R/2) -> x's, in x's dtype.
+    Shapes: x (B, H, T, d_R), rotation of `rope_rotation` -> x's, in x's dtype.
     """
     cos, sin = rotation
     even, odd = x[..., 0::2], x[..., 1::2]  # (B, H, T, d_R/2), both

@@ -1,0 +1,238 @@
+r"""Decoding by compiled loops: the fastest way on a processor, for models with MLA.
+
+Between two products there is no library, no graph and no copy of a weight, so a step of
+one token takes little longer than memory takes to deliver the weights that it needs.
+Attention over the cache is two products of NumPy's; it may use all cores.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from minidsv3.config import Config
+from minidsv3.generation import cpu_kernels as kernels
+from minidsv3.generation.prefill import PrefilledSession, Reader
+from minidsv3.mla.numpy_ref import LATENT_EPS
+from minidsv3.model.numpy_ref import mtp_states, trunk_forward
+from minidsv3.parameters import cut, first_not_finite
+from minidsv3.primitives.cache import Cache
+from minidsv3.primitives.numpy_ref import (
+    linear_forward,
+    rope_frequencies,
+    softmax_scale,
+)
+
+Array = np.ndarray
+
+
+class _Block(NamedTuple):
+    """Arguments of the kernels of one block, in their order."""
+
+    project: tuple  # norm, queries, latents
+    output: tuple  # W_UKV, W_O
+    feed: Callable
+    feed_weights: tuple
+
+
+class CompiledDecoder:
+    """A dict of parameters and its config; reader reads the prompts.
+
+    The arrays are used as they are: a step of training in between is seen. Raises
+    ValueError for plain attention, and for arrays of mixed or other precision.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Array],
+        config: Config,
+        reader: Reader | None = None,
+    ) -> None:
+        kinds = {array.dtype for array in params.values()}
+        if not config.uses_mla:
+            raise ValueError("compiled decoding is for MLA; kv_lora_rank is None here")
+        if len(kinds) != 1 or not kinds <= {np.dtype("f4"), np.dtype("f8")}:
+            raise ValueError(
+                "compiled decoding needs parameters of one precision, float32 or "
+                f"float64; these are {', '.join(sorted(map(str, kinds)))}"
+            )
+        self.params, self.config = params, config
+        self.reader = reader or NumpyReader(params, config)
+        self.dtype = kinds.pop()
+        L = config.num_hidden_layers
+        self.blocks = [self._block(n) for n in range(L)]
+        self.module = self._block(L) if config.num_nextn_predict_layers else None
+
+    def session(self, B: int, capacity: int, drafts: bool, chunk: int) -> "_Session":
+        """Empty caches for B texts."""
+        return _Session(self, B, capacity, drafts, chunk)
+
+    def culprit(self) -> str | None:
+        """The name of a parameter that is not finite."""
+        return first_not_finite(self.params)
+
+    def _block(self, n: int) -> _Block:
+        c = self.config
+        block = cut(self.params, f"model.layers.{n}.")
+        attention, mlp = cut(block, "self_attn."), cut(block, "mlp.")
+        none, nothing = np.empty((0, 0), self.dtype), np.empty(0, self.dtype)
+        if c.q_lora_rank is None:
+            queries = (none, nothing, attention["q_proj.weight"])
+        else:
+            names = ("q_a_proj", "q_a_layernorm", "q_b_proj")
+            queries = tuple(attention[f"{name}.weight"] for name in names)
+        W_UKV = attention["kv_b_proj.weight"]
+        latents = (
+            attention["kv_a_proj_with_mqa.weight"],
+            attention["kv_a_layernorm.weight"],
+            W_UKV,
+        )
+        feed: tuple = (c.rms_norm_eps, block["post_attention_layernorm.weight"])
+        if "gate.weight" not in mlp:
+            feed += _swiglu(mlp, "")
+        else:
+            shared = (none, none, none)
+            if c.n_shared_experts:
+                shared = _swiglu(mlp, "shared_experts.")
+            feed += (
+                mlp["gate.weight"],
+                mlp["gate.e_score_correction_bias"],
+                *(c.n_group, c.topk_group, c.num_experts_per_tok),
+                float(c.routed_scaling_factor),
+                *_swiglu(mlp, "experts."),
+                *shared,
+            )
+        return _Block(
+            (block["input_layernorm.weight"], *queries, *latents),
+            (W_UKV, attention["o_proj.weight"]),
+            kernels.experts if "gate.weight" in mlp else kernels.dense,
+            feed,
+        )
+
+
+def _swiglu(mlp: Mapping[str, Array], which: str) -> tuple[Array, ...]:
+    return tuple(mlp[f"{which}{part}_proj.weight"] for part in ("gate", "up", "down"))
+
+
+class NumpyReader:
+    """Reads prompts with the NumPy model."""
+
+    def __init__(self, params: Mapping[str, Array], config: Config) -> None:
+        self.params, self.config = params, config
+
+    def read(self, ids: Array, caches: list[Cache]) -> Array:
+        """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
+        return trunk_forward(self.params, self.config, ids, caches)[0]
+
+    def read_pairs(self, h: Array, ids: Array, cache: Cache) -> Array:
+        """Module 1's states, before the head: h (B, T, D), ids (B, T) -> (B, T, D)."""
+        return mtp_states(self.params, self.config, h, ids, cache)
+
+    def logits(self, h: Array) -> Array:
+        """The head: h (..., D) -> (..., V)."""
+        return linear_forward(h, self.params["lm_head.weight"])[0]
+
+    @staticmethod
+    def stack(rows: list[Array]) -> Array:
+        """States (D,) of B texts as one array (B, 1, D)."""
+        return np.stack(rows)[:, None]
+
+
+class _Session(PrefilledSession):
+    """See `minidsv3.generation.decoding.Session`."""
+
+    def __init__(
+        self, decoder: CompiledDecoder, B: int, capacity: int, drafts: bool, chunk: int
+    ) -> None:
+        c = decoder.config
+        caches = [Cache(capacity) for _ in decoder.blocks]
+        super().__init__(
+            decoder.reader, caches, Cache(capacity) if drafts else None, chunk
+        )
+        self.decoder, self.config, self.dtype = decoder, c, decoder.dtype
+        angles = np.arange(capacity)[:, None] * rope_frequencies(c)  # (capacity, d_R/2)
+        turns = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        self.angles = turns.astype(self.dtype)  # (capacity, 2, d_R/2)
+        self.kept: list[Array] = []  # (B, capacity, d_c + d_R) of each layer
+        self.module_kept: Array | None = None
+        self.embedding = decoder.params["model.embed_tokens.weight"]
+        self.norm = decoder.params["model.norm.weight"]
+        self.head = decoder.params["lm_head.weight"]
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        logits = super().prefill(ids, lengths)
+        self.kept = [np.asarray(cache.arrays[0]) for cache in self.caches]
+        if self.module_cache is not None:
+            some = self.module_cache.arrays  # none after prompts of one token
+            empty = np.zeros_like(self.kept[0])
+            self.module_kept = np.asarray(some[0]) if some else empty
+        self.h = np.asarray(self.h).reshape(len(lengths), -1)  # (B*1, D)
+        return logits
+
+    def step(self, ids: Array) -> Array:
+        B, T = ids.shape
+        x = self.embedding[ids.reshape(-1)]  # (N, D)
+        for block, kept in zip(self.decoder.blocks, self.kept, strict=True):
+            self._pass(block, x, kept, self.lengths)
+        self.h = np.empty_like(x)
+        return self._logits(x, self.norm, self.h).reshape(B, T, -1)
+
+    def keep(self, counts: Array) -> None:
+        self.lengths = self.lengths + counts
+
+    def draft(self, ids: Array, counts: Array) -> Array:
+        B, T = ids.shape
+        states = self.h.reshape(B, -1, self.h.shape[-1])[:, :T]  # (B, T, D)
+        h = np.ascontiguousarray(states).reshape(B * T, -1)  # (N, D)
+        module = cut(self.decoder.params, f"model.layers.{len(self.kept)}.")
+        x = np.empty_like(h)
+        kernels.entrance(
+            h,
+            self.embedding[ids.reshape(-1)],
+            self.config.rms_norm_eps,
+            module["enorm.weight"],
+            module["hnorm.weight"],
+            module["eh_proj.weight"],
+            x,
+        )
+        starts = self.lengths - counts  # it holds pairs: one fewer than the trunk
+        self._pass(self.decoder.module, x, self.module_kept, starts)
+        last = x[np.arange(B) * T + counts - 1]  # (B, D)
+        norm = module["shared_head.norm.weight"]
+        return self._logits(last, norm, np.empty_like(last))
+
+    def select(self, texts: Array) -> None:
+        B = len(self.lengths)
+        self.h = self.h.reshape(B, -1, self.h.shape[-1])
+        super().select(texts)
+        self.h = self.h.reshape(-1, self.h.shape[-1])
+        self.kept = [kept[texts] for kept in self.kept]
+        if self.module_kept is not None:
+            self.module_kept = self.module_kept[texts]
+
+    def _pass(self, block: _Block, x: Array, kept: Array, starts: Array) -> None:
+        """One block on the stream x (N, D), in place, each text behind its start."""
+        c = self.config
+        N, B, d_h, d_c = len(x), len(starts), c.qk_nope_head_dim, c.kv_lora_rank
+        N_h, w, S = c.num_attention_heads, kept.shape[-1], starts.max() + N // B
+        q = np.empty((N, N_h, w), self.dtype)
+        kernels.project(
+            x, starts, kept, self.angles, d_h, softmax_scale(c), c.rms_norm_eps,
+            LATENT_EPS, *block.project, q,
+        )  # fmt: skip
+        seen = kept[:, :S]  # (B, S, w)
+        weights = q.reshape(B, -1, w) @ seen.swapaxes(1, 2)  # (B, T*N_h, S)
+        kernels.shift(weights.reshape(B, -1, N_h, S), starts)
+        np.exp(weights, out=weights)
+        latents = weights @ seen[..., :d_c]  # (B, T*N_h, d_c)
+        kernels.output(
+            x, weights.reshape(N, N_h, S), latents.reshape(N, N_h, d_c), d_h,
+            *block.output,
+        )  # fmt: skip
+        block.feed(x, *block.feed_weights)
+
+    def _logits(self, x: Array, norm: Array, h: Array) -> Array:
+        """The norm into h (N, D), and the head: x (N, D) -> (N, V)."""
+        z = np.empty((len(x), len(self.head)), self.dtype)
+        kernels.head(x, norm, self.config.rms_norm_eps, self.head, h, z)
+        return z

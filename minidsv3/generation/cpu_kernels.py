@@ -1,0 +1,348 @@
+r"""The products of a decoding step as plain loops, compiled for the processor by Numba.
+
+A step of few tokens reads every weight that it needs once and does little with it; a
+library call for each product costs more than the product. Here a whole attention layer
+is two calls, a feed-forward one. Weights are the model's own arrays, neither copied nor
+folded. N = B*T rows: T new tokens in each of B texts, whose lengths may differ.
+
+Sums may be reordered (``reassoc``), or they could not be computed side by side. NaN
+stays NaN. All arrays of a call have one precision, float32 or float64.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+Array = np.ndarray
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compile at the first call, and keep the machine code beside this file."""
+    how = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+    try:
+        return numba.njit(**how, cache=True)(function)
+    except RuntimeError:  # nowhere to write: compiled anew in every process
+        return numba.njit(**how)(function)
+
+
+# --- rows ---------------------------------------------------------------------------
+
+
+@_compiled
+def dot(a: Array, b: Array) -> float:
+    """Sum of products of two vectors."""
+    total = a.dtype.type(0)
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@_compiled
+def linear(x: Array, W: Array, y: Array, add: bool) -> None:
+    """Rows times a matrix, y = x W^T or added to y: x (N, I), W (O, I), y (N, O).
+
+    Four rows of W meet two of x at a time, so that a number once loaded is used more
+    than once, and W comes from memory once for all rows of x.
+    """
+    zero, N, rows = W.dtype.type(0), x.shape[0], W.shape[0]
+    if not add:
+        y[:] = zero
+    for o in range(0, rows - 3, 4):
+        for n in range(0, N - 1, 2):
+            a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
+            for i in range(W.shape[1]):
+                v, w = x[n, i], x[n + 1, i]
+                a += W[o, i] * v
+                b += W[o + 1, i] * v
+                c += W[o + 2, i] * v
+                d += W[o + 3, i] * v
+                e += W[o, i] * w
+                f += W[o + 1, i] * w
+                g += W[o + 2, i] * w
+                h += W[o + 3, i] * w
+            for at, four in ((n, (a, b, c, d)), (n + 1, (e, f, g, h))):
+                for k in range(4):
+                    y[at, o + k] += four[k]
+        if N % 2:
+            four = four_rows(W[o : o + 4], x[N - 1])
+            for k in range(4):
+                y[N - 1, o + k] += four[k]
+    for o in range(rows - rows % 4, rows):
+        for n in range(N):
+            y[n, o] += dot(W[o], x[n])
+
+
+@_compiled
+def four_rows(W: Array, x: Array) -> tuple[float, float, float, float]:
+    """Four sums of products side by side: W (4, I), x (I,)."""
+    zero = W.dtype.type(0)
+    a, b, c, d = zero, zero, zero, zero
+    for i in range(x.shape[0]):
+        a += W[0, i] * x[i]
+        b += W[1, i] * x[i]
+        c += W[2, i] * x[i]
+        d += W[3, i] * x[i]
+    return a, b, c, d
+
+
+@_compiled
+def rmsnorm(x: Array, g: Array, eps: float, y: Array) -> None:
+    """RMSNorm of each row: x (N, D), g (D,) -> y (N, D)."""
+    N, D = x.shape
+    for n in range(N):
+        r = x.dtype.type(1 / np.sqrt(dot(x[n], x[n]) / D + eps))
+        for i in range(D):
+            y[n, i] = g[i] * (x[n, i] * r)
+
+
+@_compiled
+def silu_times(a: Array, b: Array) -> None:
+    """The gate of SwiGLU in place: a (N, I) becomes silu(a) * b."""
+    one = a.dtype.type(1)
+    for n in range(a.shape[0]):
+        for i in range(a.shape[1]):
+            a[n, i] = a[n, i] / (one + np.exp(-a[n, i])) * b[n, i]
+
+
+@_compiled
+def turn(x: Array, angles: Array, factor: float) -> None:
+    """Rotate the pairs of x (d_R,) in place, and scale: angles (2, d_R/2), cos, sin."""
+    for j in range(x.shape[0] // 2):
+        even, odd = x[2 * j] * factor, x[2 * j + 1] * factor
+        x[2 * j] = even * angles[0, j] - odd * angles[1, j]
+        x[2 * j + 1] = even * angles[1, j] + odd * angles[0, j]
+
+
+# --- attention, absorbed ------------------------------------------------------------
+
+
+@_compiled
+def project(
+    x: Array, starts: Array, cache: Array, angles: Array, d_h: int, scale: float,
+    eps: float, latent_eps: float, g: Array, W_DQ: Array, g_Q: Array, W_UQ: Array,
+    W_DKV: Array, g_KV: Array, W_UKV: Array, q: Array,
+) -> None:  # fmt: skip
+    """Latents of the new tokens into the cache, and their absorbed queries: q.
+
+    x (N, D), starts (B,) the lengths of the texts, cache (B, capacity, d_c + d_R),
+    angles (capacity, 2, d_R/2); q (N, N_h, d_c + d_R) is written, multiplied by scale.
+    Without a latent for queries W_DQ is empty. Eqs. (1)–(9) of the report, p. 7–8.
+    """
+    N, B, (N_h, d_c) = x.shape[0], cache.shape[0], (q.shape[1], g_KV.shape[0])
+    u = np.empty_like(x)
+    rmsnorm(x, g, eps, u)
+    heads = np.empty((N, W_UQ.shape[0]), x.dtype)
+    if W_DQ.size:
+        c_Q = np.empty((N, W_DQ.shape[0]), x.dtype)
+        linear(u, W_DQ, c_Q, False)
+        rmsnorm(c_Q, g_Q, latent_eps, c_Q)
+        linear(c_Q, W_UQ, heads, False)
+    else:
+        linear(u, W_UQ, heads, False)
+    kv = np.empty((N, W_DKV.shape[0]), x.dtype)
+    linear(u, W_DKV, kv, False)
+    rmsnorm(kv[:, :d_c], g_KV, latent_eps, kv[:, :d_c])
+    W = W_UKV.reshape(N_h, -1, d_c)
+    for n in range(N):
+        b, t = n // (N // B), n % (N // B)
+        position = starts[b] + t
+        turn(kv[n, d_c:], angles[position], x.dtype.type(1))
+        cache[b, position] = kv[n]
+        absorb(heads[n].reshape(N_h, -1), W, d_h, scale, q[n])
+        for h in range(N_h):
+            turn(q[n, h, d_c:], angles[position], x.dtype.type(scale))
+
+
+@_compiled
+def absorb(head: Array, W: Array, d_h: int, scale: float, q: Array) -> None:
+    """Each head's content times its W_UK, scaled; behind it its part to be rotated.
+
+    head (N_h, d_h + d_R), W (N_h, d_h + d_v, d_c) -> q (N_h, d_c + d_R).
+    """
+    d_c = W.shape[2]
+    for h in range(head.shape[0]):
+        q[h, :d_c] = 0
+        for i in range(d_h):
+            content = head[h, i] * head.dtype.type(scale)
+            for j in range(d_c):
+                q[h, j] += content * W[h, i, j]
+        q[h, d_c:] = head[h, d_h:]
+
+
+@_compiled
+def shift(scores: Array, starts: Array) -> None:
+    """Make scores (B, T, N_h, S) ready for exp: subtract the largest of each row.
+
+    A token sees its text up to itself; what lies further right gets -inf.
+    """
+    B, T, N_h, S = scores.shape
+    for b in range(B):
+        for t in range(T):
+            seen = min(starts[b] + t + 1, S)
+            for h in range(N_h):
+                row = scores[b, t, h]
+                largest = row[0]
+                for s in range(seen):
+                    largest = max(largest, row[s])
+                for s in range(seen):
+                    row[s] -= largest
+                row[seen:] = -np.inf
+
+
+@_compiled
+def output(
+    x: Array, weights: Array, latents: Array, d_h: int, W_UKV: Array, W_O: Array
+) -> None:
+    """Expand the weighed latents and add the output to the stream x (N, D).
+
+    latents (N, N_h, d_c) are weighed with exponentials, weights (N, N_h, S), that do
+    not sum to 1 yet. Eqs. (10) and (11).
+    """
+    N, N_h, d_c = latents.shape
+    W = W_UKV.reshape(N_h, -1, d_c)  # (N_h, d_h + d_v, d_c)
+    d_v = W.shape[1] - d_h
+    o = np.empty((N, N_h * d_v), x.dtype)
+    for n in range(N):
+        for h in range(N_h):
+            total = weights[n, h].sum()
+            for v in range(d_v):
+                o[n, h * d_v + v] = dot(W[h, d_h + v], latents[n, h]) / total
+    linear(o, W_O, x, True)
+
+
+# --- feed-forward -------------------------------------------------------------------
+
+
+@_compiled
+def dense(
+    x: Array, eps: float, g: Array, W_gate: Array, W_up: Array, W_down: Array
+) -> None:
+    """Normalise, SwiGLU, add to the stream x (N, D)."""
+    u = np.empty_like(x)
+    rmsnorm(x, g, eps, u)
+    swiglu(u, W_gate, W_up, W_down, x.dtype.type(1), x)
+
+
+@_compiled
+def swiglu(
+    u: Array, W_gate: Array, W_up: Array, W_down: Array, weight: float, y: Array
+) -> None:
+    """Add weight times SwiGLU of u (N, D) to y (N, D)."""
+    a = np.empty((u.shape[0], W_gate.shape[0]), u.dtype)
+    b = np.empty_like(a)
+    linear(u, W_gate, a, False)
+    linear(u, W_up, b, False)
+    silu_times(a, b)
+    if weight != 1:
+        a *= weight
+    linear(a, W_down, y, True)
+
+
+@_compiled
+def experts(
+    x: Array, eps: float, g: Array, W: Array, bias: Array, n_group: int,
+    topk_group: int, K: int, factor: float, W_gate: Array, W_up: Array, W_down: Array,
+    S_gate: Array, S_up: Array, S_down: Array,
+) -> None:  # fmt: skip
+    """Normalise, route, add K experts and the shared ones to the stream x (N, D).
+
+    W (E, D) and bias (E,) are the router's, W_gate, W_up (E, I, D) and W_down
+    (E, D, I) the experts', S_… the shared one's, empty if there is none.
+    """
+    u = np.empty_like(x)
+    rmsnorm(x, g, eps, u)
+    s = np.empty((x.shape[0], W.shape[0]), x.dtype)
+    linear(u, W, s, False)
+    chosen, gates = np.empty(K, np.int64), np.empty(K, x.dtype)
+    for n in range(x.shape[0]):
+        route(s[n], bias, n_group, topk_group, factor, chosen, gates)
+        for k in range(K):
+            e = chosen[k]
+            row = slice(n, n + 1)
+            swiglu(u[row], W_gate[e], W_up[e], W_down[e], gates[k], x[row])
+    if S_gate.size:
+        swiglu(u, S_gate, S_up, S_down, x.dtype.type(1), x)
+
+
+@_compiled
+def route(
+    s: Array, bias: Array, n_group: int, topk_group: int, factor: float,
+    chosen: Array, gates: Array,
+) -> None:  # fmt: skip
+    """Choose by s + b within the best groups, weigh by s: eqs. (13), (15), (16), p. 9.
+
+    s (E,) are logits, and scores afterwards. A score that is not finite makes every
+    gate NaN: it would send the token anywhere.
+    """
+    one, E = s.dtype.type(1), s.shape[0]
+    choice, size = np.empty_like(s), E // n_group
+    for e in range(E):
+        s[e] = one / (one + np.exp(-s[e]))
+        choice[e] = s[e] + bias[e]
+    poison = choice.sum() * 0
+    if topk_group < n_group:
+        close_groups(choice.reshape(n_group, size), topk_group)
+    total = s.dtype.type(1e-20)
+    for k in range(chosen.shape[0]):
+        chosen[k] = first_largest(choice)
+        choice[chosen[k]] = -np.inf
+        total += s[chosen[k]]
+    for k in range(chosen.shape[0]):
+        gates[k] = s.dtype.type(factor) * (s[chosen[k]] / total) + poison
+
+
+@_compiled
+def close_groups(choice: Array, kept: int) -> None:
+    """Leave the groups whose two best sum highest; -inf for the others.
+
+    choice (n_group, E / n_group), in place.
+    """
+    n_group = choice.shape[0]
+    sums, shut = np.empty(n_group, choice.dtype), np.ones(n_group, np.bool_)
+    for i in range(n_group):
+        best = second = choice.dtype.type(-np.inf)
+        for c in choice[i]:
+            if c > best:
+                best, second = c, best
+            elif c > second:
+                second = c
+        sums[i] = best + second
+    for _ in range(kept):
+        i = first_largest(sums)
+        sums[i], shut[i] = -np.inf, False
+    for i in range(n_group):
+        if shut[i]:
+            choice[i] = -np.inf
+
+
+@_compiled
+def first_largest(a: Array) -> int:
+    """The index of the largest, of equal ones the first."""
+    best = 0
+    for i in range(1, a.shape[0]):
+        if a[i] > a[best]:
+            best = i
+    return best
+
+
+# --- the ends -----------------------------------------------------------------------
+
+
+@_compiled
+def head(x: Array, g: Array, eps: float, W: Array, h: Array, logits: Array) -> None:
+    """Final norm and head: x (N, D) -> h (N, D), logits (N, V)."""
+    rmsnorm(x, g, eps, h)
+    linear(h, W, logits, False)
+
+
+@_compiled
+def entrance(
+    h: Array, e: Array, eps: float, g_e: Array, g_h: Array, W: Array, x: Array
+) -> None:
+    """What the block of an MTP module reads, eq. (21): h, e (N, D) -> x (N, D)."""
+    N, D = h.shape
+    joined = np.empty((N, 2 * D), h.dtype)
+    rmsnorm(e, g_e, eps, joined[:, :D])
+    rmsnorm(h, g_h, eps, joined[:, D:])
+    linear(joined, W, x, False)
