@@ -24,13 +24,14 @@ from minidsv3.primitives.numpy_ref import (
 )
 
 Array = np.ndarray
+SHORT = 4096  # scores of a layer up to which loops are faster than library calls
 
 
 class _Block(NamedTuple):
     """Arguments of the kernels of one block, in their order."""
 
-    project: tuple  # norm, queries, latents
-    output: tuple  # W_UKV, W_O
+    project: tuple  # sizes, norm, queries, latents
+    output: tuple  # d_h, W_UKV, W_O
     feed: Callable
     feed_weights: tuple
 
@@ -61,7 +62,12 @@ class CompiledDecoder:
         self.dtype = kinds.pop()
         L = config.num_hidden_layers
         self.blocks = [self._block(n) for n in range(L)]
-        self.module = self._block(L) if config.num_nextn_predict_layers else None
+        if config.num_nextn_predict_layers:
+            self.module = self._block(L)
+            own = cut(params, f"model.layers.{L}.")
+            names = ("enorm", "hnorm", "eh_proj")
+            self.entrance = tuple(own[f"{name}.weight"] for name in names)
+            self.module_norm = own["shared_head.norm.weight"]
 
     def session(self, B: int, capacity: int, drafts: bool, chunk: int) -> "_Session":
         """Empty caches for B texts."""
@@ -102,9 +108,10 @@ class CompiledDecoder:
                 *_swiglu(mlp, "experts."),
                 *shared,
             )
+        sizes = (c.qk_nope_head_dim, softmax_scale(c), c.rms_norm_eps, LATENT_EPS)
         return _Block(
-            (block["input_layernorm.weight"], *queries, *latents),
-            (W_UKV, attention["o_proj.weight"]),
+            (*sizes, block["input_layernorm.weight"], *queries, *latents),
+            (c.qk_nope_head_dim, W_UKV, attention["o_proj.weight"]),
             kernels.experts if "gate.weight" in mlp else kernels.dense,
             feed,
         )
@@ -172,8 +179,18 @@ class _Session(PrefilledSession):
     def step(self, ids: Array) -> Array:
         B, T = ids.shape
         x = self.embedding[ids.reshape(-1)]  # (N, D)
+        seen = self.lengths.max() + T
+        short = len(x) * self.config.num_attention_heads * seen <= SHORT
         for block, kept in zip(self.decoder.blocks, self.kept, strict=True):
-            self._pass(block, x, kept, self.lengths)
+            if short:
+                W_O = block.output[-1]
+                kernels.attention(
+                    x, self.lengths, kept, self.angles, *block.project, W_O
+                )
+            else:
+                q = self._project(block, x, kept, self.lengths)
+                self._attend(block, x, q, kept, self.lengths)
+            block.feed(x, *block.feed_weights)
         self.h = np.empty_like(x)
         return self._logits(x, self.norm, self.h).reshape(B, T, -1)
 
@@ -184,22 +201,17 @@ class _Session(PrefilledSession):
         B, T = ids.shape
         states = self.h.reshape(B, -1, self.h.shape[-1])[:, :T]  # (B, T, D)
         h = np.ascontiguousarray(states).reshape(B * T, -1)  # (N, D)
-        module = cut(self.decoder.params, f"model.layers.{len(self.kept)}.")
-        x = np.empty_like(h)
-        kernels.entrance(
-            h,
-            self.embedding[ids.reshape(-1)],
-            self.config.rms_norm_eps,
-            module["enorm.weight"],
-            module["hnorm.weight"],
-            module["eh_proj.weight"],
-            x,
-        )
-        starts = self.lengths - counts  # it holds pairs: one fewer than the trunk
-        self._pass(self.decoder.module, x, self.module_kept, starts)
-        last = x[np.arange(B) * T + counts - 1]  # (B, D)
-        norm = module["shared_head.norm.weight"]
-        return self._logits(last, norm, np.empty_like(last))
+        x, e = np.empty_like(h), self.embedding[ids.reshape(-1)]  # (N, D)
+        kernels.entrance(h, e, self.config.rms_norm_eps, *self.decoder.entrance, x)
+        starts = self.lengths - counts  # pairs that it has read
+        block, kept = self.decoder.module, self.module_kept
+        q = self._project(block, x, kept, starts)
+        # of a second last pair nothing is needed but what it left in the cache
+        last = np.arange(B) * T + counts - 1  # (B)
+        x = x[last]
+        self._attend(block, x, q[last], kept, self.lengths - 1)
+        block.feed(x, *block.feed_weights)
+        return self._logits(x, self.decoder.module_norm, np.empty_like(x))
 
     def select(self, texts: Array) -> None:
         B = len(self.lengths)
@@ -210,26 +222,26 @@ class _Session(PrefilledSession):
         if self.module_kept is not None:
             self.module_kept = self.module_kept[texts]
 
-    def _pass(self, block: _Block, x: Array, kept: Array, starts: Array) -> None:
-        """One block on the stream x (N, D), in place, each text behind its start."""
-        c = self.config
-        N, B, d_h, d_c = len(x), len(starts), c.qk_nope_head_dim, c.kv_lora_rank
-        N_h, w, S = c.num_attention_heads, kept.shape[-1], starts.max() + N // B
-        q = np.empty((N, N_h, w), self.dtype)
-        kernels.project(
-            x, starts, kept, self.angles, d_h, softmax_scale(c), c.rms_norm_eps,
-            LATENT_EPS, *block.project, q,
-        )  # fmt: skip
-        seen = kept[:, :S]  # (B, S, w)
+    def _project(self, block: _Block, x: Array, kept: Array, starts: Array) -> Array:
+        """New latents into the cache, each text's behind its start; their queries."""
+        w = kept.shape[-1]
+        q = np.empty((len(x), self.config.num_attention_heads, w), self.dtype)
+        kernels.project(x, starts, kept, self.angles, *block.project, q)
+        return q  # (N, N_h, w)
+
+    def _attend(
+        self, block: _Block, x: Array, q: Array, kept: Array, starts: Array
+    ) -> None:
+        """Attention after `_project`, added to the stream x (N, D)."""
+        N, N_h, w = q.shape
+        B, d_c = len(starts), self.config.kv_lora_rank
+        seen = kept[:, : starts.max() + N // B]  # (B, S, w)
         weights = q.reshape(B, -1, w) @ seen.swapaxes(1, 2)  # (B, T*N_h, S)
-        kernels.shift(weights.reshape(B, -1, N_h, S), starts)
+        kernels.shift(weights.reshape(B, -1, N_h, seen.shape[1]), starts)
         np.exp(weights, out=weights)
-        latents = weights @ seen[..., :d_c]  # (B, T*N_h, d_c)
-        kernels.output(
-            x, weights.reshape(N, N_h, S), latents.reshape(N, N_h, d_c), d_h,
-            *block.output,
-        )  # fmt: skip
-        block.feed(x, *block.feed_weights)
+        latents = (weights @ seen[..., :d_c]).reshape(N, N_h, d_c)
+        sums = weights.sum(axis=-1).reshape(N, N_h)
+        kernels.output(x, sums, latents, *block.output)
 
     def _logits(self, x: Array, norm: Array, h: Array) -> Array:
         """The norm into h (N, D), and the head: x (N, D) -> (N, V)."""

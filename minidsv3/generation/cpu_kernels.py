@@ -13,8 +13,12 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 Array = np.ndarray
+LINE = 64  # bytes that a processor fetches at once
 
 
 def _compiled(function: Callable) -> Callable:
@@ -29,6 +33,23 @@ def _compiled(function: Callable) -> Callable:
 # --- rows ---------------------------------------------------------------------------
 
 
+@intrinsic
+def _fetch(typing: object, address: types.Integer) -> tuple:
+    """Ask for the line of memory at an address, and do not wait for it."""
+
+    def code(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        name = "llvm.prefetch.p0"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        place = builder.inttoptr(arguments[0], pointer)
+        read, near, data = number(0), number(3), number(1)
+        builder.call(function, [place, read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
 @_compiled
 def dot(a: Array, b: Array) -> float:
     """Sum of products of two vectors."""
@@ -39,19 +60,25 @@ def dot(a: Array, b: Array) -> float:
 
 
 @_compiled
-def linear(x: Array, W: Array, y: Array, add: bool) -> None:
+def linear(x: Array, W: Array, y: Array, add: bool, ahead: Array) -> None:
     """Rows times a matrix, y = x W^T or added to y: x (N, I), W (O, I), y (N, O).
 
     Four rows of W meet two of x at a time, so that a number once loaded is used more
-    than once, and W comes from memory once for all rows of x.
+    than once, and W comes from memory once for all rows of x. ahead is the matrix that
+    is needed next: it is fetched at the same pace (empty: nothing is).
     """
-    zero, N, rows = W.dtype.type(0), x.shape[0], W.shape[0]
+    zero, N, (rows, columns) = W.dtype.type(0), x.shape[0], W.shape
     if not add:
         y[:] = zero
+    fetched = 0
     for o in range(0, rows - 3, 4):
+        until = min(fetched + 4 * columns * W.itemsize, ahead.size * W.itemsize)
+        for place in range(fetched, until, LINE):
+            _fetch(ahead.ctypes.data + place)
+        fetched = until
         for n in range(0, N - 1, 2):
             a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
-            for i in range(W.shape[1]):
+            for i in range(columns):
                 v, w = x[n, i], x[n + 1, i]
                 a += W[o, i] * v
                 b += W[o + 1, i] * v
@@ -135,13 +162,13 @@ def project(
     heads = np.empty((N, W_UQ.shape[0]), x.dtype)
     if W_DQ.size:
         c_Q = np.empty((N, W_DQ.shape[0]), x.dtype)
-        linear(u, W_DQ, c_Q, False)
+        linear(u, W_DQ, c_Q, False, W_UQ)
         rmsnorm(c_Q, g_Q, latent_eps, c_Q)
-        linear(c_Q, W_UQ, heads, False)
+        linear(c_Q, W_UQ, heads, False, W_DKV)
     else:
-        linear(u, W_UQ, heads, False)
+        linear(u, W_UQ, heads, False, W_DKV)
     kv = np.empty((N, W_DKV.shape[0]), x.dtype)
-    linear(u, W_DKV, kv, False)
+    linear(u, W_DKV, kv, False, W_UKV)
     rmsnorm(kv[:, :d_c], g_KV, latent_eps, kv[:, :d_c])
     W = W_UKV.reshape(N_h, -1, d_c)
     for n in range(N):
@@ -171,19 +198,68 @@ def absorb(head: Array, W: Array, d_h: int, scale: float, q: Array) -> None:
 
 
 @_compiled
+def attend(q: Array, starts: Array, cache: Array, sums: Array, latents: Array) -> None:
+    """Weigh the latents of a short past, all heads and tokens, without a library.
+
+    q (N, N_h, w), cache (B, capacity, w) -> latents (N, N_h, d_c), weighed with
+    exponentials, and sums (N, N_h) of those. A token sees its text up to itself.
+    """
+    N, N_h, _ = q.shape
+    T = N // cache.shape[0]
+    for n in range(N):
+        kept, seen = cache[n // T], starts[n // T] + n % T + 1
+        weights = np.empty(seen, q.dtype)
+        for h in range(N_h):
+            for s in range(0, seen - 3, 4):
+                four = four_rows(kept[s : s + 4], q[n, h])
+                for k in range(4):
+                    weights[s + k] = four[k]
+            for s in range(seen - seen % 4, seen):
+                weights[s] = dot(kept[s], q[n, h])
+            largest = weights.max()
+            for s in range(seen):
+                weights[s] = np.exp(weights[s] - largest)
+            sums[n, h] = weights.sum()
+            weigh(weights, kept, latents[n, h])
+
+
+@_compiled
+def weigh(weights: Array, kept: Array, latent: Array) -> None:
+    """Latents times weights (S,), summed: kept (≥ S, ≥ d_c) -> latent (d_c,)."""
+    S, d_c = weights.shape[0], latent.shape[0]
+    latent[:] = 0
+    for s in range(0, S - 3, 4):
+        a, b, c, d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
+        for j in range(d_c):
+            latent[j] += (a * kept[s, j] + b * kept[s + 1, j]) + (
+                c * kept[s + 2, j] + d * kept[s + 3, j]
+            )
+    for s in range(S - S % 4, S):
+        for j in range(d_c):
+            latent[j] += weights[s] * kept[s, j]
+
+
+@_compiled
 def shift(scores: Array, starts: Array) -> None:
     """Make scores (B, T, N_h, S) ready for exp: subtract the largest of each row.
 
-    A token sees its text up to itself; what lies further right gets -inf.
+    A token sees its text up to itself; what lies further right gets -inf. The maximum
+    is taken in 16 lanes, which the processor compares at once.
     """
     B, T, N_h, S = scores.shape
+    lanes = np.empty(16, scores.dtype)
     for b in range(B):
         for t in range(T):
             seen = min(starts[b] + t + 1, S)
             for h in range(N_h):
                 row = scores[b, t, h]
-                largest = row[0]
-                for s in range(seen):
+                lanes[:] = row[0]
+                for s in range(0, seen - 15, 16):
+                    for i in range(16):
+                        one = row[s + i]
+                        lanes[i] = one if one > lanes[i] else lanes[i]
+                largest = lanes.max()
+                for s in range(seen - seen % 16, seen):
                     largest = max(largest, row[s])
                 for s in range(seen):
                     row[s] -= largest
@@ -192,12 +268,12 @@ def shift(scores: Array, starts: Array) -> None:
 
 @_compiled
 def output(
-    x: Array, weights: Array, latents: Array, d_h: int, W_UKV: Array, W_O: Array
+    x: Array, sums: Array, latents: Array, d_h: int, W_UKV: Array, W_O: Array
 ) -> None:
     """Expand the weighed latents and add the output to the stream x (N, D).
 
-    latents (N, N_h, d_c) are weighed with exponentials, weights (N, N_h, S), that do
-    not sum to 1 yet. Eqs. (10) and (11).
+    latents (N, N_h, d_c) are weighed with exponentials whose sums are (N, N_h).
+    Eqs. (10) and (11).
     """
     N, N_h, d_c = latents.shape
     W = W_UKV.reshape(N_h, -1, d_c)  # (N_h, d_h + d_v, d_c)
@@ -205,10 +281,28 @@ def output(
     o = np.empty((N, N_h * d_v), x.dtype)
     for n in range(N):
         for h in range(N_h):
-            total = weights[n, h].sum()
             for v in range(d_v):
-                o[n, h * d_v + v] = dot(W[h, d_h + v], latents[n, h]) / total
-    linear(o, W_O, x, True)
+                o[n, h * d_v + v] = dot(W[h, d_h + v], latents[n, h]) / sums[n, h]
+    linear(o, W_O, x, True, W_O[:0])
+
+
+@_compiled
+def attention(
+    x: Array, starts: Array, cache: Array, angles: Array, d_h: int, scale: float,
+    eps: float, latent_eps: float, g: Array, W_DQ: Array, g_Q: Array, W_UQ: Array,
+    W_DKV: Array, g_KV: Array, W_UKV: Array, W_O: Array,
+) -> None:  # fmt: skip
+    """`project`, `attend` and `output` in one call, on the stream x (N, D)."""
+    N, d_c, w = x.shape[0], g_KV.shape[0], cache.shape[2]
+    N_h = W_UQ.shape[0] // (d_h + w - d_c)
+    q, sums = np.empty((N, N_h, w), x.dtype), np.empty((N, N_h), x.dtype)
+    latents = np.empty((N, N_h, d_c), x.dtype)
+    project(
+        x, starts, cache, angles, d_h, scale, eps, latent_eps, g, W_DQ, g_Q, W_UQ,
+        W_DKV, g_KV, W_UKV, q,
+    )  # fmt: skip
+    attend(q, starts, cache, sums, latents)
+    output(x, sums, latents, d_h, W_UKV, W_O)
 
 
 # --- feed-forward -------------------------------------------------------------------
@@ -221,22 +315,23 @@ def dense(
     """Normalise, SwiGLU, add to the stream x (N, D)."""
     u = np.empty_like(x)
     rmsnorm(x, g, eps, u)
-    swiglu(u, W_gate, W_up, W_down, x.dtype.type(1), x)
+    swiglu(u, W_gate, W_up, W_down, x.dtype.type(1), x, W_gate[:0])
 
 
 @_compiled
 def swiglu(
-    u: Array, W_gate: Array, W_up: Array, W_down: Array, weight: float, y: Array
-) -> None:
-    """Add weight times SwiGLU of u (N, D) to y (N, D)."""
+    u: Array, W_gate: Array, W_up: Array, W_down: Array, weight: float, y: Array,
+    ahead: Array,
+) -> None:  # fmt: skip
+    """Add weight times SwiGLU of u (N, D) to y (N, D); ahead is for `linear`."""
     a = np.empty((u.shape[0], W_gate.shape[0]), u.dtype)
     b = np.empty_like(a)
-    linear(u, W_gate, a, False)
-    linear(u, W_up, b, False)
+    linear(u, W_gate, a, False, W_up)
+    linear(u, W_up, b, False, W_down)
     silu_times(a, b)
     if weight != 1:
         a *= weight
-    linear(a, W_down, y, True)
+    linear(a, W_down, y, True, ahead)
 
 
 @_compiled
@@ -248,21 +343,24 @@ def experts(
     """Normalise, route, add K experts and the shared ones to the stream x (N, D).
 
     W (E, D) and bias (E,) are the router's, W_gate, W_up (E, I, D) and W_down
-    (E, D, I) the experts', S_… the shared one's, empty if there is none.
+    (E, D, I) the experts', S_… the shared one's, empty if there is none. Who comes
+    next is known, so its weights are on their way before they are needed.
     """
+    N = x.shape[0]
     u = np.empty_like(x)
     rmsnorm(x, g, eps, u)
-    s = np.empty((x.shape[0], W.shape[0]), x.dtype)
-    linear(u, W, s, False)
-    chosen, gates = np.empty(K, np.int64), np.empty(K, x.dtype)
-    for n in range(x.shape[0]):
-        route(s[n], bias, n_group, topk_group, factor, chosen, gates)
-        for k in range(K):
-            e = chosen[k]
-            row = slice(n, n + 1)
-            swiglu(u[row], W_gate[e], W_up[e], W_down[e], gates[k], x[row])
+    s = np.empty((N, W.shape[0]), x.dtype)
+    linear(u, W, s, False, W[:0])
+    chosen, gates = np.empty(N * K, np.int64), np.empty(N * K, x.dtype)
+    for n in range(N):
+        token = slice(n * K, n * K + K)
+        route(s[n], bias, n_group, topk_group, factor, chosen[token], gates[token])
+    for pair in range(N * K):
+        e, row = chosen[pair], slice(pair // K, pair // K + 1)
+        ahead = W_gate[chosen[min(pair + 1, N * K - 1)]]
+        swiglu(u[row], W_gate[e], W_up[e], W_down[e], gates[pair], x[row], ahead)
     if S_gate.size:
-        swiglu(u, S_gate, S_up, S_down, x.dtype.type(1), x)
+        swiglu(u, S_gate, S_up, S_down, x.dtype.type(1), x, S_gate[:0])
 
 
 @_compiled
@@ -333,7 +431,7 @@ def first_largest(a: Array) -> int:
 def head(x: Array, g: Array, eps: float, W: Array, h: Array, logits: Array) -> None:
     """Final norm and head: x (N, D) -> h (N, D), logits (N, V)."""
     rmsnorm(x, g, eps, h)
-    linear(h, W, logits, False)
+    linear(h, W, logits, False, W[:0])
 
 
 @_compiled
@@ -345,4 +443,4 @@ def entrance(
     joined = np.empty((N, 2 * D), h.dtype)
     rmsnorm(e, g_e, eps, joined[:, :D])
     rmsnorm(h, g_h, eps, joined[:, D:])
-    linear(joined, W, x, False)
+    linear(joined, W, x, False, W[:0])

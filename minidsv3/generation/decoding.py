@@ -7,7 +7,6 @@ was kept it is two tokens further, where not, one.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -220,7 +219,7 @@ class _Loop:
         self.speculative = speculative
         self.alive = np.arange(len(request.lengths))  # texts that go on
         self.left = np.full(len(request.lengths), request.new)  # tokens to come, each
-        self.counts = Speculation()
+        self.passes = self.tokens = self.drafts = self.accepted = 0
 
     def run(self) -> Iterator[Step]:
         ids, lengths = self.request.ids, self.request.lengths
@@ -232,8 +231,7 @@ class _Loop:
         new = self.rule.draw(p, self.uniforms)[:, None]  # (B, 1)
         counts = np.ones(B, int)  # of new, the tokens that are settled
         while True:
-            step = self._settled(new, counts)
-            yield step
+            yield self._settled(new, counts)
             going = np.flatnonzero(self.left > 0)
             if not going.size:
                 return
@@ -243,9 +241,9 @@ class _Loop:
             if drafts and (self.left > 1).any():
                 new, counts = self._guess(session, new, counts)
             else:
-                last = np.take_along_axis(new, counts[:, None] - 1, axis=1)  # (B, 1)
-                p = self._law(session.step(last)[:, 0])
-                new, counts = self.rule.draw(p, self.uniforms)[:, None], 1 + 0 * counts
+                p = self._law(session.step(_last(new, counts)[:, None])[:, 0])
+                new = self.rule.draw(p, self.uniforms)[:, None]
+                counts = np.ones(len(new), int)
             session.keep(counts)
 
     def _guess(
@@ -257,27 +255,24 @@ class _Loop:
         missing, nothing is gained by a draft: it is drawn as without.
         """
         first = Given(self.uniforms.random(len(counts)))
-        last = np.take_along_axis(new, counts[:, None] - 1, axis=1)[:, 0]  # (B)
         q = self._law(session.draft(new, counts))  # (B, V)
         draft = self.rule.draw(q, first)  # (B)
-        logits = session.step(np.stack([last, draft], axis=1))  # (B, 2, V)
-        p, after = self._law(logits[:, 0]), self._law(logits[:, 1])
+        pair = np.array([_last(new, counts), draft]).T  # (B, 2)
+        laws = self._law(session.step(pair))  # (B, 2, V)
+        p, after = laws[:, 0], laws[:, 1]
         kept, token = self.rule.judge(p, q, draft, self.uniforms)
         bonus = self.rule.draw(after, self.uniforms)  # (B)
         single = self.left == 1
         if single.any():
             token = np.where(single, self.rule.draw(p, first), token)
             kept = kept & ~single
-        self.counts = replace(
-            self.counts,
-            drafts=self.counts.drafts + int((~single).sum()),
-            accepted=self.counts.accepted + int(kept.sum()),
-        )
-        return np.stack([token, bonus], axis=1), 1 + kept
+        self.drafts += len(single) - int(single.sum())
+        self.accepted += int(kept.sum())
+        return np.array([token, bonus]).T, 1 + kept
 
     def _law(self, logits: Array) -> Array:
         """The rule's law. Raises FloatingPointError for logits that are not finite."""
-        if np.isfinite(logits).all():
+        if np.isfinite(logits.sum()) or np.isfinite(logits).all():
             return self.rule.law(logits)
         culprit = self.decoder.culprit()
         raise FloatingPointError(
@@ -289,23 +284,26 @@ class _Loop:
 
     def _settled(self, new: Array, counts: Array) -> Step:
         """Give each text its settled tokens, up to where it ends; count."""
-        tokens: list[list[int]] = [[] for _ in self.request.lengths]
-        for at, b in enumerate(self.alive):
+        texts: list[list[int]] = [[] for _ in self.endings]
+        for at, b in enumerate(self.alive.tolist()):
             for token in new[at, : counts[at]].tolist():
-                tokens[b].append(token)
+                texts[b].append(token)
                 self.left[at] -= 1
                 if self.endings[b].after(token):
                     self.left[at] = 0
                     break
-        self.counts = replace(
-            self.counts,
-            trunk_passes=self.counts.trunk_passes + len(self.alive),
-            tokens=self.counts.tokens + sum(map(len, tokens)),
-        )
-        return Step(tokens, self.counts)
+        self.passes += len(self.alive)
+        self.tokens += sum(map(len, texts))
+        counted = (self.passes, self.tokens, self.drafts, self.accepted)
+        return Step(texts, Speculation(*counted))
 
     def _select(self, going: Array, session: Session) -> None:
         """Let the texts go that have ended."""
         self.alive, self.left = self.alive[going], self.left[going]
         session.select(going)
         self.uniforms.select(going)
+
+
+def _last(new: Array, counts: Array) -> Array:
+    """The last settled token of each text: new (B, ≤ 2), counts (B,) -> (B,)."""
+    return new[np.arange(len(new)), counts - 1]
