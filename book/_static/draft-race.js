@@ -45,9 +45,9 @@
     markup() {
       const button = (name, value, text = "") =>
         `<button type="button" name="${name}" value="${value}">${text}</button>`;
-      const slider = ([name, words, top]) => `<label><span>${name}: ${words}
-        <b aria-hidden="true"></b></span><input type="range" name="${name}" min="0"
-        step="0.01" max="${Math.max(top, ...this.presets.map((p) => p[name]))}"></label>`;
+      const slider = ([name, words, to]) => `<label><span>${name}: ${words} <b
+        aria-hidden="true"></b></span><input type="range" min="0" step="0.01" name=
+        "${name}" max="${Math.max(to, ...this.presets.map((p) => p[name]))}"></label>`;
       const line = (kind, words) => `<p class="head"><span>${words}</span><b></b></p>
         <div class="line ${kind}"></div>`;
       const key = (name, words) => `<span><i class="key ${name}"></i>${words}</span> `;
@@ -71,7 +71,7 @@
         preserveAspectRatio="none">${"<path/>".repeat(3)}</svg><i class="even"></i><i
         class="clock"></i><i class="here"></i>${KS.map((k) => `<span class="k${k}">k =
         ${k}</span>`).join("")}</div><p class="axis">speed-up against a, from none kept
-        to all</p><p class="say" role="status" aria-live="polite"></p>`;
+        to all; red: break-even</p><p class="say" role="status" aria-live="polite"></p>`;
     }
 
     change(some) { // kept exact, even where a slider's thumb stands on a hundredth
@@ -190,9 +190,9 @@
         ? "Break-even: nothing is gained." : "Drafting gains."} At these costs ${
         isNaN(even) ? "it would lose if every draft were kept."
         : `it pays once more than ${Math.round(100 * even)} % are kept.`}${
-        best === this.now.k || of(best) < 1 ? "" : ` With k = ${best}, were later
-        drafts kept as often: ${two(of(best))}.`}${
-        clock ? ` The clock said ${two(clock)}.` : ""}`;
+        best === this.now.k || of(best) < 1.005 ? "" : ` With k = ${best}: ${
+        two(of(best))}${best > this.now.k ? ", if later drafts do as well" : ""}.`}${
+        clock ? ` Measured: ${two(clock)}.` : ""}`;
     }
   }
   customElements.define("draft-race", DraftRace);
