@@ -27,9 +27,10 @@ from minidsv3.primitives import torch_port as torch_primitives
 from . import figure_page
 
 STATIC = Path(__file__).parents[1] / "book" / "_static"
-NAMES = ("slabs", "port_map", "checkpoint_layout")
-SLABS, PORT, LAYOUT = (ET.parse(STATIC / f"{name}.svg").getroot() for name in NAMES)
-every = pytest.mark.parametrize("drawing", [SLABS, PORT, LAYOUT], ids=NAMES)
+NAMES = ("slabs", "port_map", "checkpoint_layout", "ragged_cache")
+DRAWINGS = [ET.parse(STATIC / f"{name}.svg").getroot() for name in NAMES]
+SLABS, PORT, LAYOUT, _ = DRAWINGS  # `test_ragged_cache` looks into the last
+every = pytest.mark.parametrize("drawing", DRAWINGS, ids=NAMES)
 
 
 def words(element: ET.Element) -> str:
@@ -48,7 +49,7 @@ def said(drawing: ET.Element, what: str) -> Iterator[tuple[ET.Element, str]]:
             yield element, value
 
 
-# --- all three ----------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------
 
 
 def undeclared(element: ET.Element) -> Iterator[str]:
