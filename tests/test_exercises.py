@@ -151,6 +151,7 @@ EXPERIMENTS = {
     "04_mla": "bytes a token",
     "05_mini": "leaning biases",
     "06_torch": "bytes a token",
+    "07_generation": "tokens a round",
 }
 
 
