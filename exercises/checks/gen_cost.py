@@ -58,6 +58,13 @@ GAIN = Check(
             "and some experts are still unvisited when K T is E.",
         ),
         Wrong(
+            "two tokens a text, twice the experts",
+            VISITED,
+            "E * (1 - (1 - K / E) ** N) * tokens / N",
+            "Some experts of the second tokens have been read for the first ones: put "
+            "2N into the exponent.",
+        ),
+        Wrong(
             "all tokens visit the same experts",
             VISITED,
             "K + 0 * tokens",
@@ -154,6 +161,20 @@ GAIN = Check(
             "(1 + a) * one / (one + draft)",
             "That is mtp.6, and true where nothing but dense weights is read. The pass "
             "that checks a draft reads `two`.",
+        ),
+        Wrong(
+            "the draft in the bytes of the pass",
+            ONE,
+            "read(N), read(2 * N) + draft",
+            "`two` is what the trunk's pass over two tokens reads. The module's bytes "
+            "come on top only where the gain is asked for.",
+            ((QUOTIENT, "(1 + a) * one / two"),),
+        ),
+        Wrong(
+            "how much faster, not how many times as fast",
+            QUOTIENT,
+            QUOTIENT + " - 1",
+            "As fast as before is 1, twice as fast is 2.",
         ),
         Wrong(
             "one token a round",

@@ -21,6 +21,7 @@ def far_apart(*rows: float, V: int, seed: int) -> np.ndarray:
 # Sums of quarters and eighths are exact: here a sum meets top_p, or tokens are equal.
 QUARTERS = np.array([[3.0, 3.0, -2000.0, 3.0, 3.0], [-9.0, 0.0, 0.0, -2000.0, -2000.0]])
 EQUALS = np.array([[0.0] * 8, [5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0]])
+MANY = np.where(np.arange(60) * 7 % 15 < 8, 0.0, -2000.0)[None]
 
 LAW = "law = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)"
 GREEDY = "np.eye(logits.shape[1])[logits.argmax(axis=1)]"
@@ -49,6 +50,7 @@ NEXT_TOKEN_LAW = Check(
         ),
         Case("sums that meet top_p exactly", (QUARTERS, 1.0, 0.75)),
         Case("all equal, and four alike", (EQUALS, 0.25, 0.6)),
+        Case("thirty-two of sixty equal, the others impossible", (MANY, 1.0, 0.52)),
         Case(
             "a sure row, a row that is not, and float32",
             (
@@ -162,6 +164,12 @@ NEXT_TOKEN_LAW = Check(
             "it.",
         ),
         Wrong(
+            "top_p taken for what is cut",
+            LINE,
+            "before <= 1 - top_p",
+            "It is what is kept: 0.9 keeps nine tenths and cuts the last one off.",
+        ),
+        Wrong(
             "a share of the tokens",
             LINE,
             "np.arange(law.shape[1]) < top_p * law.shape[1]",
@@ -202,6 +210,13 @@ NEXT_TOKEN_LAW = Check(
             'np.argsort(law, axis=1, kind="stable")[:, ::-1]',
             "Turned round, a ranking turns equals round too. Rank the negative "
             "probabilities, and the lower id comes first.",
+        ),
+        Wrong(
+            "a sort that mixes equals",
+            ', kind="stable"',
+            "",
+            'Unless it is told `kind="stable"`, argsort may leave equals in any order: '
+            "it does so in rows of more than sixteen.",
         ),
         Wrong(
             "equals stay together",

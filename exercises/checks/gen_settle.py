@@ -16,8 +16,13 @@ def as_arrays(function: Callable, *args: object) -> object:
     value = function(*args)
     if not isinstance(value, tuple | list) or len(value) != len(NAMES):
         return value
-    arrays = [np.array(v) if isinstance(v, list | tuple) else v for v in value]
-    for name, array in zip(NAMES, arrays, strict=True):
+    arrays = []
+    for name, one in zip(NAMES, value, strict=True):
+        try:
+            array = np.array(one) if isinstance(one, list | tuple) else one
+        except ValueError:
+            raise WrongForm(f"The rows of `{name}` are not equally long.") from None
+        arrays.append(array)
         kind = getattr(getattr(array, "dtype", None), "kind", "")
         if name != "states" and kind in ("f", "b"):
             raise WrongForm(

@@ -213,6 +213,28 @@ SHOWN = Check(
             "begun before the last such byte.",
         ),
         Wrong(
+            "begun anew after a mismatch",
+            HELD,
+            "[machine(s)[0] for s in stops]",
+            "After `aa` of the stop `aab` another `a` still leaves `aa`. A byte that "
+            "does not fit ends the longest beginning; a shorter one may go on.",
+            (
+                (
+                    'text, counts = b"", []',
+                    'text, counts = b"", []\n\n'
+                    "    def machine(stop):\n"
+                    "        n = 0\n"
+                    "        for at, byte in enumerate(text, start=1):\n"
+                    "            fits = byte == stop[n]\n"
+                    "            n = n + 1 if fits else int(byte == stop[0])\n"
+                    "            if n == len(stop):\n"
+                    "                return n, [at - n]\n"
+                    "        return n, []\n",
+                ),
+                (FOUND, "[at for s in stops for at in machine(s)[1]]"),
+            ),
+        ),
+        Wrong(
             "a single byte never held back",
             "for n in range(len(s))",
             "for n in range(2, len(s))",
