@@ -157,13 +157,6 @@ NEXT_TOKEN_LAW = Check(
             "probable token on.",
         ),
         Wrong(
-            "whatever is above 1 - top_p",
-            LINE,
-            "ranked > 1 - top_p",
-            "top_p is about a sum: many tokens below 1 - top_p may be needed to reach "
-            "it.",
-        ),
-        Wrong(
             "top_p taken for what is cut",
             LINE,
             "before <= 1 - top_p",
@@ -267,14 +260,6 @@ NEXT_TOKEN_LAW = Check(
             "temperature = max(temperature, 1e-8)",
             "Then equal largest logits share the law, as far as top_p lets them. "
             "Greedy is one token, the first among equals.",
-        ),
-        Wrong(
-            "greedy shared among equals",
-            GREEDY,
-            "(logits == (top := logits.max(axis=1, keepdims=True))) / (\n"
-            "            logits == top\n"
-            "        ).sum(axis=1, keepdims=True)",
-            "At temperature 0 one token gets all: the first among equals.",
         ),
         Wrong(
             "greedy by the last of equals",
