@@ -159,14 +159,14 @@ def shown(pieces, stops):
 # %% [markdown]
 # ## gen.5 · What a second token costs
 #
-# A machine that waits for its memory takes as long for a pass as the bytes are many
-# that the pass reads. In mtp.6 two tokens cost no more than one. Of dense weights that
-# is true, and of a text's cache: they are read once, however many tokens look at them.
-# But an expert is read only if a token visits it, and the second token visits others.
+# Where a machine waits for its memory, a pass takes as long as its bytes take to be
+# read. In mtp.6 two tokens cost no more than one. Of dense weights that is true, and of
+# a text's cache: they are read once, however many tokens look at them. But an expert is
+# read only if a token visits it, and a second token visits others.
 #
-# Let each token choose K of E experts at random. It passes by a certain expert with
-# probability $1 - K/E$, and T tokens that do not know of each other all pass by with
-# $(1 - K/E)^T$. So of the E experts
+# Let each token choose K of E experts at random. It leaves a given one alone with
+# probability $1 - K/E$, and T tokens that do not know of each other all leave it alone
+# with probability $(1 - K/E)^T$. So of the E experts
 #
 # $$ E \left( 1 - \Big( 1 - \frac{K}{E} \Big)^{T} \right) $$
 #
@@ -200,13 +200,13 @@ def gain(E, K, dense, expert, cache, draft, a, N):
 
 # %% [markdown]
 # When gen.3 and gen.5 have passed, put DeepSeek-V3 in. Below, its weights are counted
-# from its config, a byte each as they are released; the texts are 4096 tokens long, and
-# 85 of a hundred drafts are right, which is what the report says at the least.
+# from its config, a byte each, as nearly all of them are released; the texts are 4096
+# tokens long, and 85 of a hundred drafts are right, the least that the report says.
 #
-# **Predict** first. The report says 1.8 times as fast. Is it that for somebody who
-# writes one text alone? Is it ever less? And when the rows of a batch wait for each
-# other, so that a second token is taken only if every draft was right: at how many
-# texts is nothing left of it?
+# **Predict** first. The report has 1.8 times the speed. Is that what you get for one
+# text, alone on the machine? Is it more for four texts, or less? And if the rows of a
+# batch wait for each other, so that a second token is taken only where every draft was
+# right: at how many texts is nothing left of it?
 
 # %%
 import math

@@ -13,7 +13,8 @@ def bill(
     draft: float,
 ) -> Case:  # fmt: skip
     """Texts and experts in the label, the bytes in the arguments."""
-    label = f"{N} texts, {K} of {E} experts, a = {a}, drafts for {draft:g} bytes"
+    texts = f"{N} text{'s' * (N > 1)}"
+    label = f"{texts}, {K} of {E} experts, a = {a}, drafts for {draft:g} bytes"
     return Case(label, (E, K, dense, expert, cache, draft, a, N))
 
 
@@ -88,11 +89,11 @@ GAIN = Check(
             "the choices of one token independent of each other",
             VISITED,
             "E * (1 - (1 - 1 / E) ** (K * tokens))",
-            "A token visits K *different* experts, so it passes by a certain one with "
+            "A token visits K *different* experts, so it leaves a given one alone with "
             "1 - K/E. Only different tokens do not know of each other.",
         ),
         Wrong(
-            "the experts passed by",
+            "the experts left alone",
             VISITED,
             "E * (1 - K / E) ** tokens",
             "Those are the ones that nobody visits. The others are read.",
