@@ -151,6 +151,7 @@ EXPERIMENTS = {
     "04_mla": "bytes a token",
     "05_mini": "leaning biases",
     "06_torch": "bytes a token",
+    "07_generation": "tokens a round",
 }
 
 
@@ -180,19 +181,20 @@ def test_a_notebook_runs_from_top_to_bottom(whole_desk, source, is_solved):
 
 FRESH = """\
 = test session starts =
-collected 45 items
+collected 50 items
 
-exercises/01_transformer.ipynb -----------                               [ 24%]
-exercises/02_mtp.ipynb -------                                           [ 40%]
-exercises/03_moe.ipynb --------                                          [ 57%]
-exercises/04_mla.ipynb --------                                          [ 75%]
-exercises/05_mini.ipynb --                                               [ 80%]
-exercises/06_torch.ipynb ---------                                       [100%]
+exercises/01_transformer.ipynb -----------                               [ 22%]
+exercises/02_mtp.ipynb -------                                           [ 36%]
+exercises/03_moe.ipynb --------                                          [ 52%]
+exercises/04_mla.ipynb --------                                          [ 68%]
+exercises/05_mini.ipynb --                                               [ 72%]
+exercises/06_torch.ipynb ---------                                       [ 90%]
+exercises/07_generation.ipynb -----                                      [100%]
 
 = progress =
-[------------------------------] 0/45 passed
+[------------------------------] 0/50 passed
 next: lm.1, 01_transformer.ipynb, cell 4    hint: python exercises hint lm.1
-= 45 todo in 0.00s ="""
+= 50 todo in 0.00s ="""
 
 
 def test_a_fresh_checkout_is_all_todo(whole_desk):

@@ -272,6 +272,12 @@ def test_a_fault_is_described(yours, message):
     assert said.startswith(message), said
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_should_be_nothing_but_zeros_has_no_factor():
+    said = compare.fault(np.array([0, 0, 3]), (np.zeros(3, int),), ("X",), TOL)
+    assert said.startswith("The result: 1 of 3 numbers differ\nyours     [0 0 3]")
+
+
 @pytest.mark.parametrize(
     "yours", [A, A.astype(np.float32), A * (1 + 1e-6), np.asfortranarray(A)]
 )

@@ -15,9 +15,9 @@ from grader import spec
 from grader.cell import reference_function
 from grader.source import exercises, find
 
-from .judges import lm, mini, mla, moe, mtp, torch_port
+from .judges import gen, lm, mini, mla, moe, mtp, torch_port
 
-CHAPTERS = lm, mtp, moe, mla, mini, torch_port
+CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen
 JUDGES = {id_: judge for chapter in CHAPTERS for id_, judge in chapter.JUDGES.items()}
 SEEDS = range(4)
 REFUSED = AssertionError, ValueError, RuntimeError  # torch says so itself

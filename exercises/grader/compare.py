@@ -263,7 +263,7 @@ def _pattern(
     if square and tol.agree(yours, expected.T).all():
         return "the numbers are right but transposed"
     big = np.abs(expected) > 1e-3 * np.abs(expected).max()
-    factor = np.median(yours[big] / expected[big])
+    factor = np.median(yours[big] / expected[big]) if big.any() else np.nan
     if np.isfinite(factor) and factor and tol.agree(yours, factor * expected).all():
         return f"every number is {factor:.4g} times the expected one"
     offset = np.median(yours - expected)
