@@ -151,7 +151,7 @@ EXPERIMENTS = {
     "04_mla": "bytes a token",
     "05_mini": "leaning biases",
     "06_torch": "bytes a token",
-    "07_generation": "tokens a round",
+    "09_generation": "tokens a round",
 }
 
 
@@ -189,7 +189,7 @@ exercises/03_moe.ipynb --------                                          [ 52%]
 exercises/04_mla.ipynb --------                                          [ 68%]
 exercises/05_mini.ipynb --                                               [ 72%]
 exercises/06_torch.ipynb ---------                                       [ 90%]
-exercises/07_generation.ipynb -----                                      [100%]
+exercises/09_generation.ipynb -----                                      [100%]
 
 = progress =
 [------------------------------] 0/50 passed
