@@ -16,7 +16,7 @@ import numpy as np
 from minidsv3 import corpus
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = {"arm"}  # columns that are no numbers
+WORDS = {"arm", "engine", "kind"}  # columns that are no numbers
 
 Row = dict[str, object]
 
