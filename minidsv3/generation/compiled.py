@@ -131,9 +131,9 @@ class NumpyReader:
         """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
         return trunk_forward(self.params, self.config, ids, caches)[0]
 
-    def read_pairs(self, h: Array, ids: Array, cache: Cache) -> Array:
-        """Module 1's states, before the head: h (B, T, D), ids (B, T) -> (B, T, D)."""
-        return mtp_states(self.params, self.config, h, ids, cache)
+    def read_pairs(self, h: Array, ids: Array, cache: Cache) -> None:
+        """Leave pairs in the cache of module 1: h (B, T, D), ids (B, T)."""
+        mtp_states(self.params, self.config, h, ids, cache)
 
     def logits(self, h: Array) -> Array:
         """The head: h (..., D) -> (..., V)."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Model = DeepSeekV3 | tuple[dict[str, np.ndarray], Config] | "Decoder"
 
 Array = np.ndarray
-PREFILL = 512  # tokens of a prompt that are read at once
+PREFILL = 1024  # tokens of a prompt that are read at once
 NOTHING = -1  # stands behind a text that ended before the others of its batch
 
 

@@ -24,8 +24,8 @@ class Reader(Protocol):
         """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
         ...
 
-    def read_pairs(self, h: States, ids: Array, cache: Cache) -> States:
-        """Module 1's states, before the head: h (B, T, D), ids (B, T) -> (B, T, D)."""
+    def read_pairs(self, h: States, ids: Array, cache: Cache) -> None:
+        """Leave pairs in the cache of module 1: h (B, T, D), ids (B, T)."""
         ...
 
     def logits(self, h: States) -> Array:

@@ -25,7 +25,12 @@ class TorchReader:
         return self.model.hidden_states(self._ids(ids), caches)[0]
 
     @torch.inference_mode()
-    def read_pairs(self, h: Tensor, ids: Array, cache: Cache) -> Tensor:
+    def read_pairs(self, h: Tensor, ids: Array, cache: Cache) -> None:
+        """Leave pairs in the cache of module 1: h (B, T, D), ids (B, T)."""
+        self.model.draft_states(h, self._ids(ids), cache, answer=False)
+
+    @torch.inference_mode()
+    def draft(self, h: Tensor, ids: Array, cache: Cache) -> Tensor:
         """Module 1's states, before the head: h (B, T, D), ids (B, T) -> (B, T, D)."""
         return self.model.draft_states(h, self._ids(ids), cache)
 
@@ -80,9 +85,8 @@ class _Session(PrefilledSession):
     def draft(self, ids: Array, counts: Array) -> Array:
         T = ids.shape[1]
         self.module_cache.settle(self.lengths - counts)  # pairs that it has read
-        z = self.reader.read_pairs(self.h[:, :T], ids, self.module_cache)
-        last = z[np.arange(len(counts)), counts - 1]  # (B, D)
-        return self.reader.logits(last)
+        z = self.reader.draft(self.h[:, :T], ids, self.module_cache)  # (B, T, D)
+        return self.reader.logits(z[np.arange(len(counts)), counts - 1])
 
     def select(self, texts: Array) -> None:
         super().select(texts)

@@ -202,6 +202,18 @@ def absorbed_backward(do: Array, saved: tuple) -> tuple[Array, ...]:
     return dW, dq_C, dq_R, dkept
 
 
+def crossover(config: Config) -> float:
+    """New tokens from which on the naive form multiplies less, for a long past.
+
+    Expanding costs (d_h + d_v) d_c for each latent and head, once; then a query costs
+    d_h + d_R + d_v for each, not 2 d_c + d_R. Infinite where that is no more.
+    """
+    c = config
+    expand = (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank
+    dearer = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
+    return expand / dearer if dearer > 0 else float("inf")
+
+
 def _by_head(x: Array, W: Array) -> Array:
     """Each head's rows times its own matrix: (B, T, N_h, a), (N_h, a, b) -> (…, b)."""
     B, T, N_h, a = x.shape

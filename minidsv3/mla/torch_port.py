@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minidsv3.config import Config
-from minidsv3.mla.numpy_ref import LATENT_EPS
+from minidsv3.mla.numpy_ref import LATENT_EPS, crossover
 from minidsv3.primitives.attention_torch_port import causal_attention, heads
 from minidsv3.primitives.cache import Cache
 from minidsv3.primitives.numpy_ref import softmax_scale
@@ -40,6 +40,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = linear(d_c, N_h * (d_h + d_v))
         self.o_proj = linear(N_h * d_v, D)
         self.config, self.scale = config, softmax_scale(config)
+        self.crossover = crossover(config)
 
     def forward(
         self,
@@ -60,6 +61,10 @@ class LatentAttention(nn.Module):
         attend = self.attend_absorbed if absorbed else self.attend_naive
         o = attend(q_C, q_R, kept, visible)  # (B, N_h, T, d_v)
         return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def remember(self, x: Tensor, rotation: Tensor, cache: Cache) -> None:
+        """Leave in the cache what others will attend to, and no more."""
+        cache.extend(self.latents(x, rotation))
 
     def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Eqs. (6)–(9): x (B, T, D) -> q_C (B, N_h, T, d_h), q_R (B, N_h, T, d_R)."""

@@ -44,22 +44,24 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """Shapes: x (B, T, D) -> (B, T, D), and where a layer of experts sent it.
 
-        The first chunk that a cache receives is read naively, what follows absorbed.
+        The first chunk that a cache receives is read naively, what follows in the form
+        that multiplies less.
         """
-        u = self.input_layernorm(x)
-        if (
-            cache is not None
-            and cache.length
-            and isinstance(self.self_attn, LatentAttention)
-        ):
-            x = x + self.self_attn(u, rotation, cache, absorbed=True)
-        else:
-            x = x + self.self_attn(u, rotation, cache)
+        u, attention = self.input_layernorm(x), self.self_attn
+        form: dict[str, bool] = {}
+        if cache is not None and isinstance(attention, LatentAttention):
+            few = x.shape[1] < attention.crossover
+            form["absorbed"] = cache.length > 0 and few
+        x = x + attention(u, rotation, cache, **form)
         u = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(u)
             return x + y, routing
         return x + self.mlp(u), None
+
+    def remember(self, x: Tensor, rotation: Tensor, cache: Cache) -> None:
+        """Leave x (B, T, D) in the cache for what follows, and answer nothing."""
+        self.self_attn.remember(self.input_layernorm(x), rotation, cache)
 
 
 class Loss(NamedTuple):
@@ -182,12 +184,15 @@ class DeepSeekV3(nn.Module):
             for name, routing in zip(biases, routings, strict=True)
         }
 
-    def draft_states(self, h: Tensor, ids: Tensor, cache: Cache) -> Tensor:
+    def draft_states(
+        self, h: Tensor, ids: Tensor, cache: Cache, answer: bool = True
+    ) -> Tensor | None:
         """What the head reads of MTP module 1, for drafting: (B, T, D).
 
         It reads the pairs (h_i, t_{i+1}): h (B, T, D) of `hidden_states`, ids (B, T)
-        one place further on. The cache is the module's own. Raises ValueError for a
-        model without modules.
+        one place further on. The cache is the module's own. Without answer the pairs
+        are only left there, which costs little: there is one block, and nobody reads
+        what it would say. Raises ValueError for a model without modules.
         """
         if not self.config.num_nextn_predict_layers:
             raise ValueError(
@@ -197,8 +202,11 @@ class DeepSeekV3(nn.Module):
         _check_ids(ids, self.config)
         module = self.model.layers[self.config.num_hidden_layers]
         rotation = self._rotation(cache.positions(ids.shape[1]))
-        z, _ = module(h, self.model.embed_tokens(ids), rotation, cache)
-        return z
+        e = self.model.embed_tokens(ids)
+        if not answer:
+            module.block.remember(module.entrance(h, e), rotation, cache)
+            return None
+        return module(h, e, rotation, cache)[0]
 
     def _rotation(self, positions: np.ndarray) -> Tensor:
         """The angles of positions (T,) or (B, T); only differences matter.

@@ -35,12 +35,15 @@ class MTPModule(nn.Module):
         What the block answers beside its y is handed on; ``more`` goes to the block.
         Raises ValueError if h and e differ in shape.
         """
+        x, further = self.block(self.entrance(h, e), *more)
+        return self.shared_head["norm"](x), further
+
+    def entrance(self, h: Tensor, e: Tensor) -> Tensor:
+        """What the block reads, eq. (21): h, e (B, T, D) -> (B, T, D)."""
         if h.shape != e.shape:
             raise ValueError(
                 f"mtp: hidden states {tuple(h.shape)} and embeddings {tuple(e.shape)} "
                 "must have one shape: give each position i the token i + k"
             )
         joined = torch.cat([self.enorm(e), self.hnorm(h)], dim=-1)  # (B, T, 2*D)
-        h_prime = self.eh_proj(joined).to(h.dtype)  # the stream: not under autocast
-        x, further = self.block(h_prime, *more)
-        return self.shared_head["norm"](x), further
+        return self.eh_proj(joined).to(h.dtype)  # the stream: not under autocast

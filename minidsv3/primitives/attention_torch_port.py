@@ -34,7 +34,7 @@ def causal_attention(
     """
     T, S, grouped = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
     plain = visible is None
-    if q.device.type == "cpu" and T == S > 1 and not grouped and plain:
+    if q.device.type == "cpu" and T > 1 and plain:
         return attention_in_chunks(q, k, v, scale)
     mask = None
     if not plain:
@@ -47,23 +47,28 @@ def causal_attention(
 
 
 def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by plain products, a chunk of queries at a time; T = S, N_h = N_kv.
+    """The same by plain products, a chunk of queries at a time.
 
     A chunk multiplies the keys up to its own end and no further. On a processor torch's
     function takes one and a half times as long where d_k differs from d_v, in bfloat16
     three times (measured; the chapter on training has the table).
     """
-    B, _, T, _ = q.shape
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B*N_h, T, …)
+    (B, N_kv, S, _), T = k.shape, q.shape[-2]
+    q = q.unflatten(1, (N_kv, -1)).flatten(0, 1)  # (B*N_kv, N_h/N_kv, T, d_k)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*N_kv, S, …)
     chunks = []
     for start in range(0, T, CHUNK):
-        end = min(start + CHUNK, T)
-        mask = q.new_full((end - start, end), -torch.inf).triu(start + 1)
-        scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale)
+        now = q[:, :, start : start + CHUNK]  # (B*N_kv, N_h/N_kv, CHUNK, d_k)
+        end = S - T + start + now.shape[2]
+        mask = q.new_full((now.shape[2], end), -torch.inf).triu(S - T + start + 1)
+        mask = mask.repeat(now.shape[1], 1)  # (N_h/N_kv * CHUNK, end)
+        scores = torch.baddbmm(mask, now.flatten(1, 2), k[:, :end].mT, alpha=scale)
         with torch.autocast("cpu", enabled=False):  # it would store float32
-            P = scores.softmax(dim=-1)  # (B*N_h, CHUNK, end)
-        chunks.append(P @ v[:, :end])  # (B*N_h, CHUNK, d_v)
-    return torch.cat(chunks, dim=1).unflatten(0, (B, -1))  # (B, N_h, T, d_v)
+            P = scores.softmax(dim=-1)  # (B*N_kv, N_h/N_kv * CHUNK, end)
+        o = P @ v[:, :end]  # (B*N_kv, N_h/N_kv * CHUNK, d_v)
+        chunks.append(o.unflatten(1, now.shape[1:3]))
+    o = torch.cat(chunks, dim=2)  # (B*N_kv, N_h/N_kv, T, d_v)
+    return o.unflatten(0, (B, N_kv)).flatten(1, 2)  # (B, N_h, T, d_v)
 
 
 def heads(x: Tensor, n: int) -> Tensor:
@@ -92,11 +97,24 @@ class PlainAttention(nn.Module):
         With a cache, x continues what it holds.
         """
         q = rotate(heads(self.q_proj(x), self.N_h), rotation)
-        k = rotate(heads(self.k_proj(x), self.N_kv), rotation)
-        v = heads(self.v_proj(x), self.N_kv)
-        if cache is not None:  # it grows along axis 1, before the heads
-            kept = cache.extend(k.transpose(1, 2), v.transpose(1, 2))
-            k, v = (one.transpose(1, 2) for one in kept)  # (B, N_kv, S, d), both
-        visible = None if cache is None else cache.visible(x.shape[1])
+        k, v, visible = *self.keys(x, rotation), None
+        if cache is not None:
+            visible = cache.visible(x.shape[1])
+            k, v = _appended(cache, k, v)  # (B, N_kv, S, d), both
         o = causal_attention(q, k, v, self.scale, visible)
         return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def keys(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values: x (B, T, D) -> (B, N_kv, T, d), both."""
+        k = rotate(heads(self.k_proj(x), self.N_kv), rotation)
+        return k, heads(self.v_proj(x), self.N_kv)
+
+    def remember(self, x: Tensor, rotation: Tensor, cache: Cache) -> None:
+        """Leave in the cache what others will attend to, and no more."""
+        _appended(cache, *self.keys(x, rotation))
+
+
+def _appended(cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """All that is kept, heads first: the cache grows along axis 1, before them."""
+    kept = cache.extend(k.transpose(1, 2), v.transpose(1, 2))
+    return tuple(one.transpose(1, 2) for one in kept)
