@@ -2,8 +2,8 @@
 
 Each side is a process of its own with the same weights, prompt and threads, as
 `book/generation_speed.py` runs them. The bars: 5 times transformers' tokens at 64 of
-context, 15 times at 8,192; within 1.5 times of reading the weights once; with drafts 1.4
-times the tokens, 80 % kept; a token dearer by context no faster than the cache grows.
+context, 15 times at 8,192; within 1.5 times of reading the weights once; with drafts
+1.4 times the tokens, 80 % kept; a token dearer by context no faster than the cache.
 ``make bench ARGS="-k test_generation"``; the machine must be quiet.
 """
 
