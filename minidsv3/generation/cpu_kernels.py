@@ -355,12 +355,12 @@ def experts(
     for n in range(N):
         token = slice(n * K, n * K + K)
         route(s[n], bias, n_group, topk_group, factor, chosen[token], gates[token])
+    if S_gate.size:
+        swiglu(u, S_gate, S_up, S_down, x.dtype.type(1), x, W_gate[chosen[0]])
     for pair in range(N * K):
         e, row = chosen[pair], slice(pair // K, pair // K + 1)
         ahead = W_gate[chosen[min(pair + 1, N * K - 1)]]
         swiglu(u[row], W_gate[e], W_up[e], W_down[e], gates[pair], x[row], ahead)
-    if S_gate.size:
-        swiglu(u, S_gate, S_up, S_down, x.dtype.type(1), x, S_gate[:0])
 
 
 @_compiled
