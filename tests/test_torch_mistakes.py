@@ -55,8 +55,8 @@ PRIMITIVES = {
                       "even * cos + odd * sin, odd * cos - even * sin")],
         ports.check_rotate),
     "angles formed in float32": (
-        primitives, [("positions.cpu()[:, None] * theta",
-                      "(positions.cpu()[:, None] * theta).float()")],
+        primitives, [("positions.cpu()[..., None] * theta",
+                      "(positions.cpu()[..., None] * theta).float()")],
         ports.check_rotate),
 }  # fmt: skip
 
@@ -358,11 +358,12 @@ WHOLE = {
         model, [("_check_ids(ids[:, -1:], config)  #", "pass  #")],
         whole.check_bad_ids),
     "positions from 0 in every chunk": (
-        model, [("start = 0 if caches is None else common_length(caches, L)",
-                 "start = 0")], cached),
+        model, [("positions = caches[0].positions(T)",
+                 "positions = np.arange(T)")], cached),
     "a chunk's positions one too far": (
-        model, [("rotation = self._rotation(start, ids",
-                 "rotation = self._rotation(start + (start > 0), ids")], cached),
+        model, [("positions = caches[0].positions(T)",
+                 "positions = caches[0].positions(T) + (caches[0].length > 0)")],
+        cached),
     "caches are not compared": (
         model, [("common_length(caches, L)", "caches[0].length if caches else 0")],
         whole.check_bad_caches),
@@ -379,8 +380,8 @@ WHOLE = {
         moe, [("if torch.finfo(after.dtype).bits < 32:", "if False:")],
         whole.check_conversions),
     "angles on the default device": (
-        model, [('dtype=torch.float64, device="cpu"',
-                 "dtype=torch.float64, device=torch.get_default_device()")],
+        model, [("torch.from_numpy(positions.astype(np.float64))",
+                 "torch.tensor(positions, dtype=torch.float64)")],
         whole.check_default_device),
     "angles among the parameters": (
         model, [("        self.model.norm = RMSNorm(D",
