@@ -143,7 +143,7 @@ def project(
     kv = np.empty((N, W_DKV.shape[0]), x.dtype)
     linear(u, W_DKV, kv, False)
     rmsnorm(kv[:, :d_c], g_KV, latent_eps, kv[:, :d_c])
-    W = W_UKV.reshape(N_h, -1, d_c)
+    W = W_UKV.reshape(N_h, -1, d_c)  # (N_h, d_h + d_v, d_c)
     for n in range(N):
         b, t = n // (N // B), n % (N // B)
         position = starts[b] + t
