@@ -76,6 +76,21 @@ ATTENTION = {
         ports.check_chunks),
     "the mask of a cached chunk from the left": (
         att, [(".tril(S - T)", ".tril()")], cached_plain),
+    "what is visible is not heard": (
+        att, [("    plain = visible is None\n", "    visible, plain = None, True\n")],
+        ports.check_visible),
+    "visible is what is hidden": (
+        att, [("torch.from_numpy(visible)", "torch.from_numpy(~visible)")],
+        ports.check_visible),
+    "the first text's eyes for all": (
+        att, [("torch.from_numpy(visible)", "torch.from_numpy(visible[:1])")],
+        ports.check_visible),
+    "a square is causal whatever is visible": (
+        att, [("T == S > 1 and not grouped and plain:", "T == S > 1 and not grouped:")],
+        ports.check_square_visible),
+    "the first text's positions for all": (
+        primitives, [("angles = angles[:, None]", "angles = angles[:1, None]")],
+        ports.check_rows_of_positions),
     "no mask in a cached chunk": (att, [("if 1 < T < S:", "if False:")], cached_plain),
     "key heads in turn": (
         att, [("    mask = None\n",
