@@ -59,6 +59,6 @@ def plant_loops(patch: pytest.MonkeyPatch, module: ModuleType, *lines):
     with patch.context() as uncompiled:
         uncompiled.setattr(module.numba, "njit", lambda **how: lambda f: f)
         wrong = changed(module, *lines)
-    for name, function in list(vars(module).items()):
-        if hasattr(function, "py_func"):
-            patch.setattr(module, name, wrong[name])
+    for name, function in wrong.items():
+        if inspect.isfunction(function) and function.__module__ == module.__name__:
+            patch.setattr(module, name, function)

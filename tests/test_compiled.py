@@ -503,10 +503,14 @@ def test_without_a_place_for_machine_code_it_is_compiled_anew(monkeypatch) -> No
     check_nowhere_to_write(monkeypatch)
 
 
+def check_options(function) -> None:
+    options = function.targetoptions
+    assert options["fastmath"] == {"reassoc", "contract", "nsz"}, "NaN stays NaN"
+    assert options["error_model"] == "numpy", "1/0 is no exception in a kernel"
+
+
 def test_every_kernel_is_compiled_alike() -> None:
     ours = [f for f in vars(kernels).values() if hasattr(f, "py_func")]
     assert len(ours) >= 15
     for function in ours:
-        options = function.targetoptions
-        assert options["fastmath"] == {"reassoc", "contract", "nsz"}, "NaN stays NaN"
-        assert options["error_model"] == "numpy", "1/0 is no exception in a kernel"
+        check_options(function)

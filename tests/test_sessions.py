@@ -148,11 +148,14 @@ class Script:
     def uncached(self, text: list[int]) -> np.ndarray:
         return uncached(self.exact, self.config, text)
 
-    def draft(self) -> None:
-        """Each text's pairs since the last draft; behind them tokens of no meaning."""
+    def draft(self, wide: bool = True) -> None:
+        """Each text's pairs since the last draft, and tokens of no meaning behind them.
+
+        If not wide, no more than the text with most pairs needs.
+        """
         self.new = self.tokens(len(self.texts))
         read = [[*text, new] for text, new in zip(self.texts, self.new, strict=True)]
-        ids = self.tokens(len(read), self.T)
+        ids = self.tokens(len(read), self.T if wide else max(self.counts))
         for b, count in enumerate(self.counts):
             ids[b, :count] = read[b][-count:]
         logits = self.session.draft(ids, self.counts)
@@ -187,7 +190,7 @@ class Script:
         for n, T in enumerate(steps):
             spoil(self.session, self.counts)
             if self.drafts:
-                self.draft()
+                self.draft(wide=self.rng.random() < 0.5)
             self.step(T)
             for at, texts in left:
                 if at == n:
@@ -237,10 +240,23 @@ def test_prompts_in_chunks_of_every_size(make: Callable) -> None:
     check_chunks(make)
 
 
+def check_one_token(make: Callable = CompiledDecoder) -> None:
+    """The module's cache is empty, and then it holds what counts, and zeros."""
+    script = Script(make, fresh(TINY), TINY, (1, 1))
+    for _ in range(2):
+        script.draft()
+        script.step(2, (1, 2))
+    script.draft()
+
+
+@each_decoder
+def test_prompts_of_one_token(make: Callable) -> None:
+    check_one_token(make)
+
+
 @each_decoder
 @pytest.mark.parametrize("lengths", [(1,), (1, 1), (4, 4), (2, 7), (7, 1, 1, 3)])
 def test_lengths_of_prompts(make: Callable, lengths: tuple) -> None:
-    """One token: the module has read no pair, and its cache is still empty."""
     Script(make, fresh(TINY), TINY, lengths).play((1, 2, 2), ())
 
 
@@ -270,8 +286,9 @@ def test_texts_that_end_with_their_first_token(make: Callable) -> None:
 def check_rejected(make: Callable = CompiledDecoder) -> None:
     """One of two kept, again and again; then all that were read."""
     script = Script(make, fresh(TINY), TINY)
-    for counts in ((1, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 2), (1, 1, 1)):
-        script.draft()
+    some = ((1, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 1), (1, 1, 2), (1, 1, 1))
+    for n, counts in enumerate(some):
+        script.draft(wide=n % 2 == 0)
         script.step(2, counts)
         spoil(script.session, script.counts)
 
@@ -373,6 +390,9 @@ def check_without_numba(monkeypatch) -> None:
     params = fresh(TINY)
     expected = generate((params, TINY), [[1, 2, 3]], 4)
     with monkeypatch.context() as patch:
+        patch.setattr(decoding, "find_spec", lambda name: None)
+        assert type(decoder_for((params, TINY))) is NumpyDecoder
+    with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "numba", None)
         for module in ("compiled", "cpu_kernels"):
             patch.delitem(sys.modules, f"minidsv3.generation.{module}", False)
@@ -382,9 +402,6 @@ def check_without_numba(monkeypatch) -> None:
         for one in (model, (params, TINY)):
             assert np.array_equal(generate(one, [[1, 2, 3]], 4), expected)
         assert "minidsv3.generation.compiled" not in sys.modules
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "find_spec", lambda name: None)
-        assert type(decoder_for((params, TINY))) is NumpyDecoder
 
 
 def test_without_numba_the_model_decodes_itself(monkeypatch) -> None:
@@ -498,7 +515,7 @@ def check_ragged(kind: Callable = np.array, seed: int = 0) -> None:
                 assert np.array_equal(array[b, : len(column)], np.array(column))
                 del column[lengths[b] + counts[b] :]
         lengths = lengths + counts
-        assert cache.extend(*new)[0].shape[1] == S, "no end has moved"
+        assert cache.positions(T).tolist() == positions.tolist(), "no end has moved"
         if turn in (2, 4):
             chosen = rng.permutation(len(rows))[:-1]
             cache.settle(lengths)
@@ -549,7 +566,7 @@ def test_what_a_settled_cache_refuses() -> None:
     check_full()
 
 
-def test_a_plain_cache_says_where_tokens_stand() -> None:
+def check_plain_cache() -> None:
     for cache in (Cache(9), RaggedCache(9)):
         cache.extend(np.ones((2, 3, 4)))
         assert cache.positions(2).tolist() == [3, 4] and cache.visible(2) is None
@@ -558,6 +575,10 @@ def test_a_plain_cache_says_where_tokens_stand() -> None:
         cache.crop(1)
         assert cache.positions(1).tolist() == [1]
         assert cache.nbytes == 2 * 1 * 4 * 8
+
+
+def test_a_plain_cache_says_where_tokens_stand() -> None:
+    check_plain_cache()
 
 
 # --- shapes ---------------------------------------------------------------------------
