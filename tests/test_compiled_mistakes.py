@@ -274,6 +274,8 @@ COMPILED = {
     "shapes are not looked at": (
         [("        check(params, config)  #", "        pass  #")],
         sessions.check_refusals),
+    "any order passes": (
+        [("if not a.flags.c_contiguous]", "if False]")], sessions.check_refusals),
     "several precisions pass": ([("len(kinds) != 1 or ", "")], sessions.check_refusals),
     "no shared expert": (
         [("if c.n_shared_experts:", "if False:")], session),

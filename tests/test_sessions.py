@@ -376,7 +376,8 @@ def check_choice() -> None:
         assert type(decoder) is ModuleDecoder and decoder.model is model
     halves = {k: a.astype(ml_dtypes.bfloat16) for k, a in params.items()}
     mixed = params | {"lm_head.weight": params["lm_head.weight"].astype(np.float32)}
-    for pair in ((plain, PLAIN), (halves, TINY), (mixed, TINY)):
+    slanted = {k: np.asfortranarray(a) for k, a in params.items()}
+    for pair in ((plain, PLAIN), (halves, TINY), (mixed, TINY), (slanted, TINY)):
         decoder = decoder_for(pair)
         assert type(decoder) is NumpyDecoder and decoder.params is pair[0]
 
@@ -422,6 +423,10 @@ def check_refusals() -> None:
     narrow = params | {"lm_head.weight": params["lm_head.weight"][:, :-1]}
     with pytest.raises(ParameterError, match=r"lm_head.weight has shape \(257, 31\)"):
         CompiledDecoder(narrow, TINY)  # a kernel would read beyond its end
+    key = "model.layers.0.self_attn.kv_b_proj.weight"
+    slanted = params | {key: np.asfortranarray(params[key])}
+    with pytest.raises(ValueError, match=f"C order; {key} is not"):
+        CompiledDecoder(slanted, TINY)
 
 
 def test_what_the_compiled_decoder_refuses() -> None:

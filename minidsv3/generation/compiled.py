@@ -39,8 +39,8 @@ class CompiledDecoder:
     """A dict of parameters and its config; reader reads the prompts.
 
     The arrays are used as they are: a step of training in between is seen. Raises
-    ValueError for plain attention, and for arrays of mixed or other precision,
-    ParameterError for names and shapes that are not the config's.
+    ValueError for plain attention, and for arrays of mixed or other precision or not in
+    C order, ParameterError for names and shapes that are not the config's.
     """
 
     def __init__(
@@ -58,6 +58,11 @@ class CompiledDecoder:
                 f"float64; these are {', '.join(sorted(map(str, kinds)))}"
             )
         check(params, config)  # a kernel does not look where an array ends
+        if slanted := [k for k, a in params.items() if not a.flags.c_contiguous]:
+            raise ValueError(  # Numba reshapes them wrongly
+                f"compiled decoding needs arrays in C order; {slanted[0]} is not: "
+                "np.ascontiguousarray makes it so"
+            )
         self.params, self.config = params, config
         self.reader = reader or NumpyReader(params, config)
         self.dtype = kinds.pop()
