@@ -421,7 +421,7 @@ def check_refusals() -> None:
     half = {k: a.astype(np.float16) for k, a in params.items()}
     with pytest.raises(ValueError, match="float32 or float64; these are float16"):
         CompiledDecoder(half, TINY)
-    narrow = params | {"lm_head.weight": params["lm_head.weight"][:, :-1]}
+    narrow = params | {"lm_head.weight": params["lm_head.weight"][:, :-1].copy()}
     with pytest.raises(ParameterError, match=r"lm_head.weight has shape \(257, 31\)"):
         CompiledDecoder(narrow, TINY)  # a kernel would read beyond its end
     key = "model.layers.0.self_attn.kv_b_proj.weight"
