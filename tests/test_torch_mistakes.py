@@ -55,8 +55,8 @@ PRIMITIVES = {
                       "even * cos + odd * sin, odd * cos - even * sin")],
         ports.check_rotate),
     "angles formed in float32": (
-        primitives, [("positions.cpu()[:, None] * theta",
-                      "(positions.cpu()[:, None] * theta).float()")],
+        primitives, [("positions.cpu()[..., None] * theta",
+                      "(positions.cpu()[..., None] * theta).float()")],
         ports.check_rotate),
 }  # fmt: skip
 
@@ -76,6 +76,21 @@ ATTENTION = {
         ports.check_chunks),
     "the mask of a cached chunk from the left": (
         att, [(".tril(S - T)", ".tril()")], cached_plain),
+    "what is visible is not heard": (
+        att, [("    plain = visible is None\n", "    visible, plain = None, True\n")],
+        ports.check_visible),
+    "visible is what is hidden": (
+        att, [("torch.from_numpy(visible)", "torch.from_numpy(~visible)")],
+        ports.check_visible),
+    "the first text's eyes for all": (
+        att, [("torch.from_numpy(visible)", "torch.from_numpy(visible[:1])")],
+        ports.check_visible),
+    "a square is causal whatever is visible": (
+        att, [("T == S > 1 and not grouped and plain:", "T == S > 1 and not grouped:")],
+        ports.check_square_visible),
+    "the first text's positions for all": (
+        primitives, [("angles = angles[:, None]", "angles = angles[:1, None]")],
+        ports.check_rows_of_positions),
     "no mask in a cached chunk": (att, [("if 1 < T < S:", "if False:")], cached_plain),
     "key heads in turn": (
         att, [("    mask = None\n",
@@ -358,11 +373,12 @@ WHOLE = {
         model, [("_check_ids(ids[:, -1:], config)  #", "pass  #")],
         whole.check_bad_ids),
     "positions from 0 in every chunk": (
-        model, [("start = 0 if caches is None else common_length(caches, L)",
-                 "start = 0")], cached),
+        model, [("positions = caches[0].positions(T)",
+                 "positions = np.arange(T)")], cached),
     "a chunk's positions one too far": (
-        model, [("rotation = self._rotation(start, ids",
-                 "rotation = self._rotation(start + (start > 0), ids")], cached),
+        model, [("positions = caches[0].positions(T)",
+                 "positions = caches[0].positions(T) + (caches[0].length > 0)")],
+        cached),
     "caches are not compared": (
         model, [("common_length(caches, L)", "caches[0].length if caches else 0")],
         whole.check_bad_caches),
@@ -379,8 +395,8 @@ WHOLE = {
         moe, [("if torch.finfo(after.dtype).bits < 32:", "if False:")],
         whole.check_conversions),
     "angles on the default device": (
-        model, [('dtype=torch.float64, device="cpu"',
-                 "dtype=torch.float64, device=torch.get_default_device()")],
+        model, [("torch.from_numpy(positions.astype(np.float64))",
+                 "torch.tensor(positions, dtype=torch.float64)")],
         whole.check_default_device),
     "angles among the parameters": (
         model, [("        self.model.norm = RMSNorm(D",

@@ -26,6 +26,7 @@ from minidsv3.model.torch_port import Block, DeepSeekV3, arrays, tensors
 from minidsv3.moe import torch_port as moe
 from minidsv3.mtp import torch_port as mtp
 from minidsv3.primitives import attention_torch_port, torch_port
+from minidsv3.primitives.cache import RaggedCache
 from tests import test_mla, test_model
 from tests.oracles import AUTOGRAD, relative_error
 from tests.shapes import checked_shapes
@@ -151,6 +152,12 @@ def test_the_ports_say_true_shapes() -> None:
             for piece in tokens.split([4, 3, 2], dim=1):
                 with torch.no_grad():
                     model(piece, caches)
+            ragged = [RaggedCache(9) for _ in caches]
+            with torch.no_grad():
+                model(tokens[:, :4], ragged)
+                for cache in ragged:
+                    cache.settle(np.array([2, 4, 1]))
+                model(tokens[:, :2], ragged)
         moe.top_anywhere(torch.rand(3, 5), 2)
     assert not report.unexercised and len(report.exercised) > 50
 

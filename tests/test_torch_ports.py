@@ -173,6 +173,62 @@ def test_attention_in_chunks() -> None:
     check_chunks()
 
 
+def check_visible(N_kv: int = 2) -> None:
+    """Who sees whom, said for each text; whatever is hidden is not felt."""
+    B, T, S, N_h = 3, 2, 5, 4
+    q, k, v = normal(B, N_h, T, 3), normal(B, N_kv, S, 3), normal(B, N_kv, S, 2)
+    for visible in (
+        np.arange(S) <= np.array([[0, 1], [2, 3], [3, 4]])[..., None],
+        np.random.default_rng(0).random((B, T, S)) < 0.5,
+        np.ones((B, T, S), bool),
+    ):
+        visible[..., 0] = True
+        expected = np.zeros((B, N_h, T, 2))
+        for b, h, t in np.ndindex(B, N_h, T):
+            seen, g = np.flatnonzero(visible[b, t]), h * N_kv // N_h
+            w = np.exp(0.7 * k[b, g, seen] @ q[b, h, t])
+            expected[b, h, t] = w @ v[b, g, seen] / w.sum()
+        for hidden in (0.0, 1e30):
+            far = (~visible.any(axis=1))[:, None, :, None] * hidden
+            given = (torch.tensor(a) for a in (q, k + far, v + far))
+            o = att.causal_attention(*given, 0.7, visible)
+            assert relative_error(o.numpy(), expected) <= SAME
+
+
+@pytest.mark.parametrize("N_kv", [4, 2, 1])
+def test_attention_to_what_is_visible(N_kv: int) -> None:
+    check_visible(N_kv)
+
+
+def check_square_visible() -> None:
+    """As many queries as keys, and yet not all of them in a row."""
+    q = torch.tensor(normal(2, 1, 3, 4))
+    for visible in (np.eye(3, dtype=bool), np.ones((3, 3), bool)):
+        o = att.causal_attention(q, q, q, 1.0, np.stack([visible] * 2))
+        scores = (q @ q.mT).masked_fill(~torch.tensor(visible), -torch.inf)
+        expected = scores.softmax(-1) @ q
+        assert relative_error(o.numpy(), expected.numpy()) <= SAME
+
+
+def test_what_is_visible_goes_before_the_causal_mask() -> None:
+    check_square_visible()
+
+
+def check_rows_of_positions() -> None:
+    """Each text at its own places, the same for all of its heads."""
+    config = dataclasses.replace(PLAIN, qk_rope_head_dim=6)
+    x = torch.tensor(normal(2, 3, 4, 6))
+    positions = np.array([[5, 2, 40_000, 7], [0, 1, 2, 3]])
+    y = primitives.rotate(x, rotation_for(config, positions))
+    for b, row in enumerate(positions):
+        alone = primitives.rotate(x[b : b + 1], rotation_for(config, row))
+        assert torch.equal(y[b : b + 1], alone)
+
+
+def test_rotate_by_positions_of_each_text() -> None:
+    check_rows_of_positions()
+
+
 def check_plain_attention(heads: tuple = (4, 2), positions: tuple = (4, 11, 12)):
     config, weights = plain_attention(*heads)
     theta = 10_000.0 ** (-2 * np.arange(2) / 4)

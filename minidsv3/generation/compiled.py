@@ -15,7 +15,7 @@ from minidsv3.generation import cpu_kernels as kernels
 from minidsv3.generation.prefill import PrefilledSession, Reader
 from minidsv3.mla.numpy_ref import LATENT_EPS
 from minidsv3.model.numpy_ref import mtp_states, trunk_forward
-from minidsv3.parameters import cut, first_not_finite
+from minidsv3.parameters import check, cut, first_not_finite
 from minidsv3.primitives.cache import Cache
 from minidsv3.primitives.numpy_ref import (
     linear_forward,
@@ -40,7 +40,8 @@ class CompiledDecoder:
     """A dict of parameters and its config; reader reads the prompts.
 
     The arrays are used as they are: a step of training in between is seen. Raises
-    ValueError for plain attention, and for arrays of mixed or other precision.
+    ValueError for plain attention, and for arrays of mixed or other precision or not in
+    C order, ParameterError for names and shapes that are not the config's.
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class CompiledDecoder:
             raise ValueError(
                 "compiled decoding needs parameters of one precision, float32 or "
                 f"float64; these are {', '.join(sorted(map(str, kinds)))}"
+            )
+        check(params, config)  # a kernel does not look where an array ends
+        if slanted := [k for k, a in params.items() if not a.flags.c_contiguous]:
+            raise ValueError(  # Numba reshapes them wrongly
+                f"compiled decoding needs arrays in C order; {slanted[0]} is not: "
+                "np.ascontiguousarray makes it so"
             )
         self.params, self.config = params, config
         self.reader = reader or NumpyReader(params, config)
@@ -160,7 +167,7 @@ class _Session(PrefilledSession):
         angles = np.arange(capacity)[:, None] * rope_frequencies(c)  # (capacity, d_R/2)
         turns = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         self.angles = turns.astype(self.dtype)  # (capacity, 2, d_R/2)
-        self.kept: list[Array] = []  # (B, capacity, d_c + d_R) of each layer
+        self.kept: list[Array] = []  # of each layer, (B, capacity, d_c + d_R)
         self.module_kept: Array | None = None
         self.embedding = decoder.params["model.embed_tokens.weight"]
         self.norm = decoder.params["model.norm.weight"]
@@ -192,7 +199,7 @@ class _Session(PrefilledSession):
                 self._attend(block, x, q, kept, self.lengths)
             block.feed(x, *block.feed_weights)
         self.h = np.empty_like(x)
-        return self._logits(x, self.norm, self.h).reshape(B, T, -1)
+        return self._logits(x, self.norm, self.h).reshape(B, T, -1)  # (B, T, V)
 
     def keep(self, counts: Array) -> None:
         self.lengths = self.lengths + counts
@@ -215,9 +222,9 @@ class _Session(PrefilledSession):
 
     def select(self, texts: Array) -> None:
         B = len(self.lengths)
-        self.h = self.h.reshape(B, -1, self.h.shape[-1])
+        self.h = self.h.reshape(B, -1, self.h.shape[-1])  # (B, T, D)
         super().select(texts)
-        self.h = self.h.reshape(-1, self.h.shape[-1])
+        self.h = self.h.reshape(-1, self.h.shape[-1])  # (N, D)
         self.kept = [kept[texts] for kept in self.kept]
         if self.module_kept is not None:
             self.module_kept = self.module_kept[texts]

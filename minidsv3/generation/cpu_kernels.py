@@ -170,7 +170,7 @@ def project(
     kv = np.empty((N, W_DKV.shape[0]), x.dtype)
     linear(u, W_DKV, kv, False, W_UKV)
     rmsnorm(kv[:, :d_c], g_KV, latent_eps, kv[:, :d_c])
-    W = W_UKV.reshape(N_h, -1, d_c)
+    W = W_UKV.reshape(N_h, -1, d_c)  # (N_h, d_h + d_v, d_c)
     for n in range(N):
         b, t = n // (N // B), n % (N // B)
         position = starts[b] + t
@@ -370,15 +370,15 @@ def route(
 ) -> None:  # fmt: skip
     """Choose by s + b within the best groups, weigh by s: eqs. (13), (15), (16), p. 9.
 
-    s (E,) are logits, and scores afterwards. A score that is not finite makes every
-    gate NaN: it would send the token anywhere.
+    s (E,) are logits, and scores afterwards. A logit or bias that is not finite makes
+    every gate NaN: it would send the token anywhere.
     """
     one, E = s.dtype.type(1), s.shape[0]
     choice, size = np.empty_like(s), E // n_group
+    poison = (s.sum() + bias.sum()) * 0
     for e in range(E):
         s[e] = one / (one + np.exp(-s[e]))
         choice[e] = s[e] + bias[e]
-    poison = choice.sum() * 0
     if topk_group < n_group:
         close_groups(choice.reshape(n_group, size), topk_group)
     total = s.dtype.type(1e-20)

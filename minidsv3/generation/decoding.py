@@ -168,7 +168,8 @@ def decoder_for(model: "Model") -> Decoder:
     """The fastest decoder at hand for a model; a `Decoder` is its own.
 
     The compiled loops where they apply, which is for MLA on a processor in float32 or
-    float64, with numba installed. Else the model's modules, or the NumPy model.
+    float64, in C order, with numba installed. Else the model's modules, or the NumPy
+    model.
     """
     if hasattr(model, "session"):
         return model
@@ -185,7 +186,10 @@ def decoder_for(model: "Model") -> Decoder:
         config, other, reader = model.config, ModuleDecoder(model), TorchReader(model)
         if model.lm_head.weight.device.type == "cpu":
             params = arrays(model)
-    kinds = {str(array.dtype) for array in params.values()}
+    kinds = {
+        str(array.dtype) if array.flags.c_contiguous else "not in C order"
+        for array in params.values()
+    }
     if config.uses_mla and kinds in ({"float32"}, {"float64"}) and find_spec("numba"):
         from minidsv3.generation.compiled import CompiledDecoder
 

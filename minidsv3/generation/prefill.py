@@ -50,7 +50,7 @@ class PrefilledSession:
         self.reader, self.chunk = reader, chunk
         self.caches, self.module_cache = caches, module_cache
         self.lengths: Array = np.array([], int)  # (B,) tokens read
-        self.h: States = None  # (B, T, D) hidden states of the last step
+        self.h: States = None  # hidden states of the last step, (B, T, D)
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
         """Read ids (B, T), filled up behind: logits (B, V) after each text's last.

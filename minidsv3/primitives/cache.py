@@ -28,16 +28,8 @@ class Cache:
         The answers are views: valid until the next call. Raises ValueError when the
         cache is full or belongs to another model or batch, leaving it as it was.
         """
-        T = new[0].shape[1]
-        end = self.length + T
-        if end > self.capacity:
-            raise ValueError(
-                f"cache: {self.length} positions are kept and {T} more arrive, "
-                f"but it was made for {self.capacity}"
-            )
-        if not self._arrays:
-            self._arrays = tuple(self._room_for(n) for n in new)
-        self._check_kind(new)
+        end = self.length + new[0].shape[1]
+        self._check_and_make_room(new)
         for kept, n in zip(self._arrays, new, strict=True):
             kept[:, self.length : end] = n
         self.length = end
@@ -69,6 +61,17 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes that the kept positions fill, counted from the arrays."""
         return sum(kept[:, : self.length].nbytes for kept in self._arrays)
+
+    def _check_and_make_room(self, new: tuple[Array, ...]) -> None:
+        T = new[0].shape[1]
+        if self.length + T > self.capacity:
+            raise ValueError(
+                f"cache: {self.length} positions are kept and {T} more arrive, "
+                f"but it was made for {self.capacity}"
+            )
+        if not self._arrays:
+            self._arrays = tuple(self._room_for(n) for n in new)
+        self._check_kind(new)
 
     def _room_for(self, n: Array) -> Array:
         """Zeros: what is hidden by a weight of 0 must not be NaN."""
@@ -102,12 +105,14 @@ class RaggedCache(Cache):
         self.lengths, self.length = lengths, int(lengths.max())
 
     def extend(self, *new: Array) -> tuple[Array, ...]:
-        """Write ``new`` (B, T, ...) behind each row's end; all that any row holds."""
+        """Write ``new`` (B, T, ...) behind each row's end; all that any row holds.
+
+        Raises as `Cache.extend` does, leaving everything as it was.
+        """
         if self.lengths is None:
             return super().extend(*new)
-        if not self._arrays:
-            self._arrays = tuple(self._room_for(n) for n in new)
         T = new[0].shape[1]
+        self._check_and_make_room(new)
         rows, places = np.arange(len(self.lengths))[:, None], self.positions(T)
         for kept, n in zip(self._arrays, new, strict=True):
             kept[rows, places] = n
@@ -126,7 +131,9 @@ class RaggedCache(Cache):
         return np.arange(self.length + T) <= self.positions(T)[..., None]
 
     def select(self, rows: np.ndarray) -> None:
-        """Keep these rows of the batch alone."""
+        """Keep these rows of the batch alone, and their ends."""
+        if self.lengths is not None:
+            self.settle(self.lengths[rows])
         self._arrays = tuple(kept[rows] for kept in self._arrays)
 
 

@@ -64,10 +64,10 @@ def rope_rotation(positions: Tensor, config: Config, like: Tensor) -> Tensor:
     theta = torch.tensor(
         rope_frequencies(config).tolist(), dtype=torch.float64, device="cpu"
     )
-    angles = positions.cpu()[..., None] * theta  # (T, d_R/2)
+    angles = positions.cpu()[..., None] * theta  # (..., T, d_R/2)
     if positions.ndim == 2:
         angles = angles[:, None]  # (B, 1, T, d_R/2), the same for all heads
-    turn = torch.stack([angles.cos(), angles.sin()])  # (2, T, d_R/2)
+    turn = torch.stack([angles.cos(), angles.sin()])  # (..., T, d_R/2)
     return turn.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
 
 
