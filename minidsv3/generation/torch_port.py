@@ -13,9 +13,16 @@ Array = np.ndarray
 
 
 class TorchReader:
-    """Reads prompts; ids come as arrays, states stay tensors."""
+    """Reads prompts; ids come as arrays, states stay tensors.
+
+    Raises FloatingPointError for a router's bias that is not finite: it would send
+    tokens anywhere, and no logit would show it.
+    """
 
     def __init__(self, model: DeepSeekV3) -> None:
+        biases = {name: b.cpu().numpy() for name, b in model.named_buffers()}
+        if culprit := first_not_finite(biases):
+            raise FloatingPointError(f"{culprit} holds NaN or infinity")
         self.model, self.config = model, model.config
         self.device = model.lm_head.weight.device
 
