@@ -161,6 +161,10 @@ FEW = ["TINY", "YaRN, no latent of the queries", "odd sizes", "no layer dense"]
 
 @pytest.mark.parametrize("name", [*FEW, "plain attention"])
 def test_greedy_is_argmax_of_the_uncached_model(name: str) -> None:
+    check_greedy(name)
+
+
+def check_greedy(name: str) -> None:
     """Plain and speculative, in batches; drafts are kept, and drafts are dropped."""
     config = MODELS.get(name, PLAIN)
     drafts = accepted = 0
@@ -176,6 +180,20 @@ def test_greedy_is_argmax_of_the_uncached_model(name: str) -> None:
         counts = last(stream(decoder, given, 14))
         drafts, accepted = drafts + counts.drafts, accepted + counts.accepted
     assert drafts > 150 and 0.1 < accepted / drafts < 0.9
+
+
+def check_equals(kind: str) -> None:
+    """Of equal logits the first wins, and so does the draft that says so."""
+    params = drafting() | {"lm_head.weight": np.zeros((257, 32))}
+    decoder = decoders(params, TINY)[kind]
+    assert (generate(decoder, [[1, 2], [3]], 9) == 0).all()
+    counts = last(stream(decoder, [[1, 2], [3]], 9))
+    assert counts.accepted == counts.drafts == 8
+
+
+@each_decoder
+def test_of_equal_logits_the_first_wins(kind: str) -> None:
+    check_equals(kind)
 
 
 @pytest.mark.parametrize("name", ["TINY", "YaRN", "V3's routing"])
@@ -266,7 +284,7 @@ def test_seeds() -> None:
 FOUR = dataclasses.replace(
     TINY, vocab_size=4, hidden_size=8, intermediate_size=8, moe_intermediate_size=8
 )
-TEXTS = [[0, 2, 3], [1], [3, 3, 0, 1, 2, 1]]
+TEXTS = [[1], [2, 2], [0, 0, 0, 0]]  # drafts are kept differently often
 
 
 def joint_law(prompt: list[int], n: int, temperature: float, top_p: float):
@@ -309,7 +327,7 @@ def check_sampled_law(
         for some in (counts, counts.sum(3)):
             law = joint_law(prompt, some.ndim, temperature, top_p)
             assert abs(deviation(some, law)) < 4
-    assert np.ptp(kept / draws) > 0.05
+    assert np.ptp(kept / draws) > 0.2
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
@@ -348,10 +366,9 @@ def test_prompts_in_chunks(kind: str) -> None:
     check_chunks(kind)
 
 
-@each_decoder
-@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7])
-def test_the_logits_of_a_session_are_the_models(kind: str, chunk: int) -> None:
-    """After the prompt, of the module, and of two tokens more."""
+def check_session(kind: str, chunk: int) -> None:
+    """The logits of each part of a round, to rounding: the module's tell whether its
+    own cache is right, which the texts cannot."""
     params, given = drafting(), prompts(4, longest=6)
     lengths = np.array([len(prompt) for prompt in given])
     ids = np.array([prompt + [0] * (6 - len(prompt)) for prompt in given])
@@ -359,15 +376,29 @@ def test_the_logits_of_a_session_are_the_models(kind: str, chunk: int) -> None:
     first = session.prefill(ids, lengths)
     new = np.array([[11], [12], [13], [14]])
     drafted = session.draft(new, np.ones(4, int))
-    after = session.step(np.append(new, new + 30, axis=1))
+    pair, counts = np.append(new, new + 30, axis=1), np.array([1, 2, 2, 1])
+    after = session.step(pair)
+    session.keep(counts)
+    settled = np.where(counts[:, None] == 2, new + [30, 60], new + [90, 0])
+    again = session.draft(settled, counts)
     for b, prompt in enumerate(given):
-        text = [*prompt, *new[b], *(new[b] + 30)]
+        text, n = [*prompt, *pair[b].tolist()], len(prompt)
         logits, saved = model.forward(params, TINY, np.array([text]))
-        h = model.hidden_states(saved)[:, : len(prompt)]
-        z = draft_logits(params, TINY, h, text[:-1])
-        for ours, theirs in ((first[b], logits[0, -3]), (drafted[b], z),
-                             (after[b], logits[0, -2:])):  # fmt: skip
+        h = model.hidden_states(saved)
+        known = [*text[: n + 1], *settled[b, : counts[b]].tolist()]
+        for ours, theirs in (
+            (first[b], logits[0, n - 1]),
+            (drafted[b], draft_logits(params, TINY, h[:, :n], text[: n + 1])),
+            (after[b], logits[0, n:]),
+            (again[b], draft_logits(params, TINY, h[:, : n + counts[b]], known)),
+        ):
             assert relative_error(ours, theirs) <= 1e-12
+
+
+@each_decoder
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7])
+def test_the_logits_of_a_session_are_the_models(kind: str, chunk: int) -> None:
+    check_session(kind, chunk)
 
 
 # --- what is counted ----------------------------------------------------------------

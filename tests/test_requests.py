@@ -30,13 +30,16 @@ LONGEST = TINY.max_position_embeddings
 
 
 def check_full_context(kind: str) -> None:
-    """The last position is used; a draft that would stand behind it harms nobody."""
+    """The last position is used; a draft that would stand behind it harms nobody.
+
+    There is one where of two full texts one ends later.
+    """
     params = drafting()
     decoder = decoders(params, TINY)[kind]
     text = list(range(100, 100 + LONGEST))
-    for n in (1, 2, 3, 4, 9):
+    for n in (1, 2, 3, 4, 9, 14):
         full = text[: LONGEST + 1 - n]
-        given = [full, full[:5], full[3:]]  # and two shorter ones
+        given = [full, full[::-1], full[:5], full[3:], full[::2] + full[1::2]]
         for batch in ([full], given):
             texts = uncached(params, TINY, batch, n)
             for speculative in (True, False):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidsv3.config import TINY
@@ -10,7 +10,15 @@ from minidsv3.corpus import BOUNDARY
 from minidsv3.generation import NOTHING, decoder_for, generate, stream
 from minidsv3.generation.stopping import StopStrings
 from minidsv3.tokenizer import TokenizerError
-from tests.test_decoding import PLAIN, drafting, last, prompts, shipped
+from tests.test_decoding import (
+    PLAIN,
+    decoders,
+    drafting,
+    each_decoder,
+    last,
+    prompts,
+    shipped,
+)
 
 MINI_PROMPT = list(b"def main():\n    ")
 
@@ -36,6 +44,9 @@ letters = st.text("ab", max_size=4).map(str.encode)
 some_strings = st.lists(letters.filter(len), max_size=3)
 
 
+@example(strings=[b"aab"], pieces=[b"aa", b"b"])
+@example(strings=[b"aab"], pieces=[b"ab", b"aa"])
+@example(strings=[b"aba", b"b"], pieces=[b"aba"])
 @given(strings=some_strings, pieces=st.lists(letters, max_size=12))
 def check_pieces(strings: list[bytes], pieces: list[bytes]) -> None:
     """Against a look at the whole text: what is shown, and when."""
@@ -91,12 +102,12 @@ def ended(text: list[int], stops: set[int]) -> list[int]:
     return text[: at[0] + 1] if at else text
 
 
-def check_ids(n: int = 20) -> None:
-    """Every token of the batch as a stop: it ends there, the others do not notice."""
-    decoder, given = decoder_for((drafting(), TINY)), prompts(4)
+def check_ids(kind: str, n: int = 20) -> None:
+    """Many a token of the batch as a stop: it ends there, the others do not notice."""
+    decoder, given = decoders(drafting(), TINY)[kind], prompts(4)
     for sampling in ({}, {"temperature": 1.0, "seed": 4}):
         whole = generate(decoder, given, n, **sampling).tolist()
-        for stop in {token for text in whole for token in text[::3]}:
+        for stop in {token for text in whole for token in text[::4]}:
             new = generate(decoder, given, n, **sampling, stop=[stop])
             wanted = [ended(text, {stop}) for text in whole]
             longest = max(map(len, wanted))
@@ -105,8 +116,9 @@ def check_ids(n: int = 20) -> None:
                 assert text == want + [NOTHING] * (longest - len(want))
 
 
-def test_a_text_ends_at_an_id_and_the_others_go_on() -> None:
-    check_ids()
+@each_decoder
+def test_a_text_ends_at_an_id_and_the_others_go_on(kind: str) -> None:
+    check_ids(kind)
 
 
 def check_dropped_second() -> None:
