@@ -13,22 +13,23 @@ Array = np.ndarray
 
 
 class TorchReader:
-    """Reads prompts; ids come as arrays, states stay tensors.
-
-    Raises FloatingPointError for a router's bias that is not finite: it would send
-    tokens anywhere, and no logit would show it.
-    """
+    """Reads prompts; ids come as arrays, states stay tensors."""
 
     def __init__(self, model: DeepSeekV3) -> None:
-        biases = {name: b.cpu().numpy() for name, b in model.named_buffers()}
-        if culprit := first_not_finite(biases):
-            raise FloatingPointError(f"{culprit} holds NaN or infinity")
         self.model, self.config = model, model.config
         self.device = model.lm_head.weight.device
 
     @torch.inference_mode()
     def read(self, ids: Array, caches: list[Cache]) -> Tensor:
-        """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
+        """Hidden states after the final norm: ids (B, T) -> (B, T, D).
+
+        Raises FloatingPointError at a text's beginning for a router's bias that is not
+        finite: it would send tokens anywhere, and no logit would show it.
+        """
+        if not caches[0].length:
+            biases = {name: b.cpu().numpy() for name, b in self.model.named_buffers()}
+            if culprit := first_not_finite(biases):
+                raise FloatingPointError(f"{culprit} holds NaN or infinity")
         return self.model.hidden_states(self._ids(ids), caches)[0]
 
     @torch.inference_mode()
