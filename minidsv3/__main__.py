@@ -58,12 +58,7 @@ def _text(options: argparse.Namespace) -> corpus.Corpus:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from minidsv3.generation.numpy_ref import check_sampling
-
-    try:
-        check_sampling(options.temperature, options.top_p)
-    except ValueError as error:
-        raise BadOption(str(error)) from error
+    _check_wishes(options)
     model, params, tokenizer = _load(options.model)
     longest = model.max_position_embeddings
     prompt = _prompt(options.prompt, tokenizer)
@@ -80,6 +75,20 @@ def _generate(options: argparse.Namespace) -> int:
     _write(tokenizer.decode(prompt))
     _write_stream(options, (params, model), prompt, tokenizer)
     return 0
+
+
+def _check_wishes(options: argparse.Namespace) -> None:
+    """What can be refused before a model is read."""
+    from minidsv3.generation.numpy_ref import check_sampling
+    from minidsv3.generation.stopping import StopStrings
+
+    try:
+        check_sampling(options.temperature, options.top_p)
+        StopStrings(options.stop)
+    except UnicodeEncodeError as error:
+        raise BadOption(f"--stop is not UTF-8 text: {error}") from error
+    except ValueError as error:
+        raise BadOption(str(error)) from error
 
 
 def _prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:

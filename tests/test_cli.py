@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minidsv3 import __main__ as command_line
 from minidsv3 import checkpoints, parameters
 from minidsv3.__main__ import main
 from minidsv3.checkpoints import read_tensors
 from minidsv3.config import TrainConfig
 from minidsv3.corpus import encode, load_corpus
+from minidsv3.generation import decoding
 from minidsv3.generation.numpy_ref import generate, speculate
+from minidsv3.shipped import MINI_FOLDER
 from minidsv3.training import run_folder
 from minidsv3.training.numpy_ref import evaluate, new_state, train
 
@@ -374,3 +377,79 @@ def test_a_file_without_its_modules_is_read_with_a_notice(
     assert (
         "minidsv3: " in (said := capsys.readouterr().err) and "no MTP weights" in said
     )
+
+
+# --- stops and streaming ------------------------------------------------------------
+
+ASKED = ["generate", "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "40"]
+
+
+def printed(capfdbinary, *more: str) -> bytes:
+    """What a greedy call prints; of the model that comes with the package."""
+    assert main([*ASKED, *more]) == 0
+    return capfdbinary.readouterr().out
+
+
+def test_the_shipped_model_is_what_generate_takes(capfdbinary) -> None:
+    whole = printed(capfdbinary)
+    config, params = checkpoints.load(MINI_FOLDER)
+    new = generate(params, config, encode("def ")[None].astype(int), 40)
+    assert whole == b"def " + bytes(i for i in new[0].tolist() if i < 256) + b"\n"
+
+
+def check_stop(capfdbinary) -> None:
+    """It ends before the text; what only begins like one is shown in the end."""
+    whole = printed(capfdbinary)
+    text = whole[4:-1]  # without the prompt and the last line's end
+    for stop in (text[15:18], text[15:16], text[:1], text[9:30]):
+        end = whole.index(stop, 4)
+        assert printed(capfdbinary, "--stop", stop.decode()) == whole[:end] + b"\n"
+    for unfinished in (text[-3:] + b"?never", text[-1:] + b"\n\nnever"):
+        assert printed(capfdbinary, "--stop", unfinished.decode()) == whole
+    two = ["--stop", text[20:23].decode(), "--stop", text[11:14].decode()]
+    assert printed(capfdbinary, *two) == whole[: whole.index(text[11:14], 4)] + b"\n"
+    assert printed(capfdbinary, *two, "--no-speculative") == printed(capfdbinary, *two)
+
+
+def test_a_stop_is_not_shown(capfdbinary) -> None:
+    check_stop(capfdbinary)
+
+
+def check_streaming(monkeypatch) -> None:
+    """Text is shown while more is computed, a token or two at a time."""
+    events: list[str | bytes] = []
+    passes = decoding._Loop._settled
+
+    def settled(*given):
+        events.append("pass")
+        return passes(*given)
+
+    monkeypatch.setattr(decoding._Loop, "_settled", settled)
+    monkeypatch.setattr(command_line, "_write", events.append)
+    assert main(ASKED) == 0
+    first, *others = b"|".join(
+        e.encode() if isinstance(e, str) else e for e in events
+    ).split(b"pass")
+    assert first == b"def |"
+    assert len(others) > 20 and all(1 <= len(o.replace(b"|", b"")) <= 2 for o in others)
+
+
+def test_text_is_shown_as_it_comes(monkeypatch, capsys) -> None:
+    check_streaming(monkeypatch)
+
+
+def test_without_numba_it_writes_the_same(monkeypatch, capfdbinary) -> None:
+    whole = printed(capfdbinary)
+    monkeypatch.setattr(decoding, "find_spec", {}.get)
+    monkeypatch.setitem(sys.modules, "minidsv3.generation.compiled", None)
+    assert printed(capfdbinary) == whole
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"), [("", "a stop string is empty"), ("\udcff", "--stop is not")]
+)
+def test_bad_stops(stop: str, message: str, capfd) -> None:
+    """Nothing is printed before, and no traceback."""
+    assert main([*ASKED, "--stop", stop]) == 2
+    said = capfd.readouterr()
+    assert message in said.err and "Traceback" not in said.err and not said.out

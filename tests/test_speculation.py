@@ -126,26 +126,35 @@ def test_streaming_gives_one_token_at_a_time(trained) -> None:
     assert (again != whole).any()
 
 
-def naive(params: Params, ids: np.ndarray, n: int) -> tuple[list[int], int, int, int]:
+def draft_logits(
+    params: Params, config: Config, h: np.ndarray, text: list[int]
+) -> np.ndarray:
+    """Module 1 without a cache: states h of all but the last token of text -> (V,)."""
+    module = parameters.cut(params, f"model.layers.{config.num_hidden_layers}.")
+    block = model._mtp_block(config, np.dtype(np.float64))
+    e = params["model.embed_tokens.weight"][[text[1:]]]
+    h_1, _ = mtp.mtp_forward(module, h, e, block, config.rms_norm_eps)
+    return h_1[0, -1] @ params["lm_head.weight"].T
+
+
+def naive(
+    params: Params, ids: np.ndarray, n: int, config: Config = CONFIG
+) -> tuple[list[int], int, int, int]:
     """Greedy speculation without a cache: text, trunk passes, drafts, kept ones."""
 
     def states(text: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        logits, saved = model.forward(params, CONFIG, np.array([text]))
+        logits, saved = model.forward(params, config, np.array([text]))
         return logits[0].argmax(-1), model.hidden_states(saved)
 
     text = ids[0].tolist()
     text.append(int(states(text)[0][-1]))
     passes, drafts, kept, end = 1, 0, 0, ids.shape[1] + n
-    module = parameters.cut(params, f"model.layers.{CONFIG.num_hidden_layers}.")
-    block = model._mtp_block(CONFIG, np.dtype(np.float64))
     while len(text) < end:
         passes += 1
         best, h = states(text)
         if end - len(text) == 1:
             return [*text, int(best[-1])], passes, drafts, kept
-        e = params["model.embed_tokens.weight"][[text[1:]]]
-        h_1, _ = mtp.mtp_forward(module, h[:, :-1], e, block, CONFIG.rms_norm_eps)
-        draft = int((h_1[0, -1] @ params["lm_head.weight"].T).argmax())
+        draft = int(draft_logits(params, config, h[:, :-1], text).argmax())
         drafts += 1
         text.append(int(best[-1]))
         if draft == text[-1]:

@@ -14,7 +14,7 @@ from minidsv3.config import Config
 from minidsv3.generation import cpu_kernels as kernels
 from minidsv3.generation.prefill import PrefilledSession, Reader
 from minidsv3.mla.numpy_ref import LATENT_EPS
-from minidsv3.model.numpy_ref import mtp_states, trunk_forward
+from minidsv3.model.numpy_ref import mtp_states, naming_the_culprit, trunk_forward
 from minidsv3.parameters import check, cut, first_not_finite
 from minidsv3.primitives.cache import Cache
 from minidsv3.primitives.numpy_ref import (
@@ -136,11 +136,13 @@ class NumpyReader:
 
     def read(self, ids: Array, caches: list[Cache]) -> Array:
         """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
-        return trunk_forward(self.params, self.config, ids, caches)[0]
+        with naming_the_culprit(self.params):
+            return trunk_forward(self.params, self.config, ids, caches)[0]
 
     def read_pairs(self, h: Array, ids: Array, cache: Cache) -> None:
         """Leave pairs in the cache of module 1: h (B, T, D), ids (B, T)."""
-        mtp_states(self.params, self.config, h, ids, cache)
+        with naming_the_culprit(self.params):
+            mtp_states(self.params, self.config, h, ids, cache)
 
     def logits(self, h: Array) -> Array:
         """The head: h (..., D) -> (..., V)."""

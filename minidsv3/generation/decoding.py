@@ -100,8 +100,10 @@ def generate(
     model is a PyTorch model, a pair (params, config) for NumPy, or a `Decoder`. All
     arguments are those of `stream`. A tensor for a PyTorch model, else an array.
     """
+    decoder = decoder_for(model)
+    speculative = _drafting(decoder.config, speculative)
     steps = stream(
-        model, ids, max_new_tokens, temperature, top_p, speculative, seed, **more
+        decoder, ids, max_new_tokens, temperature, top_p, speculative, seed, **more
     )
     texts: list[list[int]] = []
     for step in steps:
@@ -154,14 +156,20 @@ def stream(
     rule = Greedy() if temperature == 0 else Sampled(temperature, top_p)
     B = len(request.lengths)
     ends = endings(stop, tokenizer, decoder.config, B)
-    if speculative and not decoder.config.num_nextn_predict_layers:
-        warnings.warn(
-            "the model has no MTP module to draft with: decoding without speculation",
-            stacklevel=2,
-        )
-        speculative = False
+    speculative = _drafting(decoder.config, speculative)
     loop = _Loop(decoder, request, rule, ends, Uniforms(seed, B), speculative)
     return loop.run()
+
+
+def _drafting(config: Config, asked: bool) -> bool:
+    """Whether to speculate; the line of our caller's caller is warned if we cannot."""
+    if asked and not config.num_nextn_predict_layers:
+        warnings.warn(
+            "the model has no MTP module to draft with: decoding without speculation",
+            stacklevel=3,
+        )
+        return False
+    return asked
 
 
 def decoder_for(model: "Model") -> Decoder:

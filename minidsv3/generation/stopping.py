@@ -9,9 +9,11 @@ from minidsv3.tokenizer import Tokenizer, load_tokenizer
 class StopStrings:
     """Watches the bytes of one text for the first stop string.
 
-    `feed` answers what may be shown: never a byte of a stop string or behind it, and
-    nothing is held back longer than it may still become one. Raises ValueError for an
-    empty stop string: it would be found everywhere.
+    The first is the one complete first, so that it does not matter how tokens cut the
+    text; of two that end together, the longer. `feed` answers what may be shown: never
+    a byte of that string or behind it, and nothing is held back longer than it may
+    still become one. Raises ValueError for an empty stop string: it would be found
+    everywhere.
     """
 
     def __init__(self, strings: Sequence[str | bytes]) -> None:
@@ -26,10 +28,11 @@ class StopStrings:
         if self.stopped:
             return b""
         text = self._held + piece
-        found = [at for s in self._strings if (at := text.find(s)) >= 0]
+        places = [(text.find(s), s) for s in self._strings]
+        found = [(at + len(s), at) for at, s in places if at >= 0]  # end, start
         if found:
             self.stopped, self._held = True, b""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, s) for s in self._strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

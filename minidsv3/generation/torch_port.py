@@ -21,7 +21,15 @@ class TorchReader:
 
     @torch.inference_mode()
     def read(self, ids: Array, caches: list[Cache]) -> Tensor:
-        """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
+        """Hidden states after the final norm: ids (B, T) -> (B, T, D).
+
+        Raises FloatingPointError at a text's beginning for a router's bias that is not
+        finite: it would send tokens anywhere, and no logit would show it.
+        """
+        if not caches[0].length:
+            biases = {name: b.cpu().numpy() for name, b in self.model.named_buffers()}
+            if culprit := first_not_finite(biases):
+                raise FloatingPointError(f"{culprit} holds NaN or infinity")
         return self.model.hidden_states(self._ids(ids), caches)[0]
 
     @torch.inference_mode()

@@ -92,7 +92,7 @@ def forward(
     """
     check(params, config)
     ids = _checked_ids(ids)
-    with _naming_the_culprit(params):
+    with naming_the_culprit(params):
         h, saved_trunk = trunk_forward(params, config, ids, caches)
         logits, saved_head = linear_forward(h, params["lm_head.weight"])
         _check_finite(logits)
@@ -217,7 +217,7 @@ def mtp_losses(
     modules = [_module(params, config, k) for k in _depths(config)]
     block = _mtp_block(config, h.dtype, dbalance=dbalance)
     losses, saved_heads = [], []
-    with _naming_the_culprit(params):
+    with naming_the_culprit(params):
         states, saved_chain = mtp.chain_forward(
             modules, h, e, block, config.rms_norm_eps
         )
@@ -266,7 +266,7 @@ def mtp_step(
     ids outside the vocabulary, FloatingPointError for logits that are not finite.
     """
     check(params, config)
-    with _naming_the_culprit(params):
+    with naming_the_culprit(params):
         h_1 = mtp_states(params, config, h, ids, cache)
         logits, _ = linear_forward(h_1, params["lm_head.weight"])
         _check_finite(logits)
@@ -364,7 +364,7 @@ def _check_finite(logits: Array) -> None:
 
 
 @contextmanager
-def _naming_the_culprit(params: Params) -> Iterator[None]:
+def naming_the_culprit(params: Params) -> Iterator[None]:
     """Say whose NaN it was: a router, or the head, only sees that one has arrived."""
     try:
         yield
