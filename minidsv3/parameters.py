@@ -181,6 +181,16 @@ def first_not_finite(table: Mapping[str, np.ndarray]) -> str | None:
     return next((k for k, a in table.items() if not np.isfinite(a).all()), None)
 
 
+def blame(culprit: str | None) -> str:
+    """The end of a message about numbers that are not finite, given whose they are."""
+    if culprit:
+        return f": {culprit} holds NaN or infinity"
+    return (
+        " though every parameter is: activations overflowed; float64 helps, or in "
+        "training a lower learning rate"
+    )
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3]) or "nothing"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -43,6 +43,9 @@ def refused(**given) -> partial:
     return partial(requests.check_refused, given, ".")
 
 
+SPOKEN = 'without speculation",\n            '
+WARN = '        warnings.warn(\n            "the model has no'
+
 LOOP = {
     "the token after a draft from the law before it": (
         decoding, [("self.rule.draw(after, self.uniforms)",
@@ -96,14 +99,17 @@ LOOP = {
         decoding, [("return loop.run()", "yield from loop.run()")],
         refused(max_new_tokens=0)),
     "a warning of our own line": (
-        decoding, [("stacklevel=3", "stacklevel=2")], requests.check_warning),
+        decoding, [(SPOKEN + "stacklevel=3", SPOKEN + "stacklevel=2")],
+        requests.check_warning),
     "no warning": (
-        decoding, [("        warnings.warn(", "        str(")], requests.check_warning),
+        decoding, [(WARN, WARN.replace("warnings.warn(", "dict(text="))],
+        requests.check_warning),
 }  # fmt: skip
 
 RULES = {
     "one stream of random numbers for all": (
-        rules, [("else (seed, b)", "else seed")], texts.check_seeds),
+        rules, [("[_spawned(seed, b) for", "[_spawned(seed, 0) for")],
+        texts.check_seeds),
     "the streams of other texts": (
         rules, [("[self._streams[b] for b in texts]",
                  "self._streams[: len(texts)]")], ids),
@@ -130,8 +136,8 @@ RULES = {
 
 PROMPTS = {
     "filled up in front": (
-        prompts, [("[*text, *[filler] * (T - len(text))]",
-                   "[*[filler] * (T - len(text)), *text]")], single),
+        prompts, [("text + text[-1:] * (longest - len(text))",
+                   "text[-1:] * (longest - len(text)) + text")], single),
     "the last position is not used": (
         prompts, [("longest + new - 1 > most", "longest + new > most")], full),
     "one position too many": (
@@ -143,8 +149,7 @@ PROMPTS = {
     "ids from behind": (
         prompts, [("(text < 0) | ", "")], refused(ids=[[-1]])),
     "of the shortest prompt": (
-        prompts, [("longest, most = max(", "longest, most = min(")],
-        refused(ids=[[1], [1] * 59], max_new_tokens=7)),
+        prompts, [("longest, most = max(", "longest, most = min(")], single),
     "truth values as ids": (
         prompts, [("np.issubdtype(text.dtype, np.integer)",
                    "text.dtype.kind in 'iub'")], refused(ids=[[True]])),
@@ -180,7 +185,7 @@ STOPS = {
         stopping, [('if b"" in self._strings:', "if False:")],
         partial(stops.test_bad_stops, [""], ".")),
     "letters of a bare string": (
-        stopping, [("if isinstance(stop, str | bytes | int):", "if False:")],
+        stopping, [("if not isinstance(stop, list | tuple | set):", "if False:")],
         partial(stops.test_bad_stops, "abc", ".")),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What one may ask of `generate` and `stream`, what is refused, and when."""
 
 import dataclasses
+import sys
 import warnings
 
 import numpy as np
@@ -105,7 +106,16 @@ BAD = [
     ({"top_p": np.nan}, "top_p is nan"),
     ({"seed": [1, 2]}, "2 seeds for 1 texts: give one a text"),
     ({"ids": [[1], [2]], "seed": [1]}, "1 seeds for 2 texts"),
-    ({"seed": -1}, "non-negative"),
+    ({"seed": -1}, "seed is -1: give whole numbers"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"stop": [300]}, "stop holds the id 300, outside the vocabulary"),
+    ({"stop": [None]}, "stop holds None"),
+    ({"stop": [True]}, "stop holds True"),
+    ({"stop": None}, "stop is None: give a list"),
+    ({"max_new_tokens": 3.0}, "max_new_tokens is 3.0, must be at least 1, a whole"),
+    ({"max_new_tokens": True}, "max_new_tokens is True"),
+    ({"chunk": 2.5}, "chunk is 2.5"),
+    ({"ids": [[[1], [2, 3]], [1]]}, "nested unevenly"),
 ]
 
 
@@ -273,3 +283,60 @@ def test_bfloat16_decodes() -> None:
     module = port({k: a.astype("f4") for k, a in drafting().items()}, TINY).bfloat16()
     new = generate(module, [[1, 2, 3], [4]], 8)
     assert new.shape == (2, 8) and bool((new >= 0).all())
+
+
+def test_a_model_that_does_more_than_its_weights_is_asked_itself() -> None:
+    """The loops read weights: a hook, or a class of its own, they would pass over."""
+    module = port(drafting(), TINY)
+    hook = module.lm_head.register_forward_hook(
+        lambda layer, read, logits: logits.index_fill(-1, torch.arange(250), -torch.inf)
+    )
+    assert type(decoder_for(module)) is ModuleDecoder
+    with pytest.raises(FloatingPointError):  # and what it says is not finite
+        generate(module, [[1, 2, 3]], 4)
+    hook.remove()
+    assert type(decoder_for(module)) is CompiledDecoder
+
+    class Own(type(module)):
+        pass
+
+    module.__class__ = Own
+    assert type(decoder_for(module)) is ModuleDecoder
+    module.register_buffer("more", torch.zeros(1))
+    assert generate(module, [[1, 2, 3]], 4).shape == (1, 4)
+
+
+def test_autocast_changes_nothing() -> None:
+    module = port({k: a.astype("f4") for k, a in drafting().items()}, TINY)
+    for decoder in (decoder_for(module), ModuleDecoder(module)):
+        plain = generate(decoder, [[1, 2, 3], [4]], 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = generate(decoder, [[1, 2, 3], [4]], 8)
+        np.testing.assert_array_equal(under, plain)
+
+
+def test_numba_that_cannot_be_imported(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "minidsv3.generation.compiled", None)
+    with pytest.warns(UserWarning, match="without numba, which fails"):
+        assert type(decoder_for((drafting(), TINY))) is NumpyDecoder
+
+
+@pytest.mark.parametrize("model", [None, [1, 2], (TINY, drafting()), (1, 2, 3)])
+def test_what_is_no_model(model) -> None:
+    with pytest.raises(
+        ValueError, match=r"give a DeepSeekV3, a pair \(params, config\)"
+    ):
+        decoder_for(model)
+
+
+def test_a_row_that_no_text_uses_may_be_broken() -> None:
+    """Shorter prompts are filled up; what with must not matter."""
+    params = {name: array.copy() for name, array in drafting().items()}
+    params["model.embed_tokens.weight"][0] = np.nan
+    for kind in KINDS:
+        decoder = decoders(params, TINY)[kind]
+        try:
+            new = generate(decoder, [[1, 2, 3], [4]], 1)
+        except FloatingPointError as error:
+            pytest.fail(f"{kind}: {error}")
+        assert new.shape == (2, 1)

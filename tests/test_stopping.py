@@ -1,5 +1,7 @@
 """Stops: where a text ends, what is shown of it, and what its neighbours notice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -8,8 +10,7 @@ from hypothesis import strategies as st
 from minidsv3.config import TINY
 from minidsv3.corpus import BOUNDARY
 from minidsv3.generation import NOTHING, decoder_for, generate, stream
-from minidsv3.generation.stopping import StopStrings
-from minidsv3.tokenizer import TokenizerError
+from minidsv3.generation.stopping import StopStrings, endings
 from tests.test_decoding import (
     PLAIN,
     decoders,
@@ -148,7 +149,7 @@ def test_a_stop_in_the_first_token_of_a_pair() -> None:
 def test_several_stops() -> None:
     decoder, given = decoder_for((drafting(), TINY)), prompts(3)
     whole = generate(decoder, given, 20).tolist()
-    stops = {whole[0][9], whole[0][4], whole[1][7], 300}
+    stops = {whole[0][9], whole[0][4], whole[1][7]}
     new = generate(decoder, given, 20, stop=[*stops]).tolist()
     for text, full in zip(new, whole, strict=True):
         assert [i for i in text if i != NOTHING] == ended(full, stops)
@@ -220,6 +221,9 @@ def test_bad_stops(stop, message: str) -> None:
 
 def test_strings_need_a_tokenizer_ids_do_not() -> None:
     model = (drafting(PLAIN), PLAIN)
-    with pytest.raises(TokenizerError, match="vocab_size is 23"):
+    with pytest.raises(ValueError, match="the model's 23 ids are no bytes"):
         stream(model, [[1, 2]], 3, stop=["a"])
+    wide = dataclasses.replace(TINY, vocab_size=300)
+    with pytest.raises(ValueError, match="give its tokenizer"):
+        endings(["a"], None, wide, 1)
     assert generate(model, [[1, 2]], 3, stop=[22]).size

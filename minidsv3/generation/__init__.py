@@ -1,6 +1,6 @@
 """Text out of a model: `generate` and `stream`, cached, batched and speculative.
 
-``numpy_ref`` is the specification, one batch in lockstep. ``decoding`` is the loop for
+``numpy_ref`` specifies the law, one batch in lockstep. ``decoding`` is the loop for
 everyone: texts of different lengths, stops, statistics. What computes is a decoder:
 ``numpy_decoder`` (any model, slowly), ``torch_port`` (any device), ``compiled`` with
 the loops of ``cpu_kernels`` (MLA on a processor, the fastest there).

@@ -1,8 +1,9 @@
 r"""Decoding by compiled loops: the fastest way on a processor, for models with MLA.
 
-Between two products there is no library, no graph and no copy of a weight, so a step of
-one token takes little longer than memory takes to deliver the weights that it needs.
-Attention over the cache is two products of NumPy's; it may use all cores.
+No graph, no copy of a weight, and for a short past one call for the attention of a
+layer and one for what follows: a step of one token takes little longer than memory
+takes to deliver the weights that it needs. Over a longer past attention is two products
+of NumPy's between the loops; they alone use several threads.
 """
 
 from collections.abc import Callable, Mapping
@@ -215,7 +216,8 @@ class _Session(PrefilledSession):
         starts = self.lengths - counts  # pairs that it has read
         block, kept = self.decoder.module, self.module_kept
         q = self._project(block, x, kept, starts)
-        # of a second last pair nothing is needed but what it left in the cache
+        # only the pair of the last settled token is answered: one before it left what
+        # it had to in the cache, one behind it is a rejected draft's
         last = np.arange(B) * T + counts - 1  # (B)
         x = x[last]
         self._attend(block, x, q[last], kept, self.lengths - 1)

@@ -1,12 +1,14 @@
 r"""The products of a decoding step as plain loops, compiled for the processor by Numba.
 
 A step of few tokens reads every weight that it needs once and does little with it; a
-library call for each product costs more than the product. Here a whole attention layer
-is two calls, a feed-forward one. Weights are the model's own arrays, neither copied nor
-folded. N = B*T rows: T new tokens in each of B texts, whose lengths may differ.
+library call for each product costs more than the product. Here a layer is two calls.
+Weights are the model's own arrays, neither copied nor folded. N = B*T rows: T new
+tokens in each of B texts, whose lengths may differ.
 
-Sums may be reordered (``reassoc``), or they could not be computed side by side. NaN
-stays NaN. All arrays of a call have one precision, float32 or float64.
+The compiler may reorder sums (``reassoc``), or it could not add sixteen numbers at
+once, fuse a product with a sum (``contract``) and ignore the sign of zero (``nsz``). It
+may not assume that there is no NaN: `route` spreads them on purpose. All arrays of a
+call have one precision, float32 or float64, and lie in C order.
 """
 
 from collections.abc import Callable

@@ -17,6 +17,7 @@ from minidsv3.generation.numpy_ref import Speculation, check_sampling
 from minidsv3.generation.prompts import Request, checked, side_by_side
 from minidsv3.generation.rules import Given, Greedy, Sampled, Uniforms
 from minidsv3.generation.stopping import Ending, endings
+from minidsv3.parameters import ParameterError, blame
 from minidsv3.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -93,18 +94,23 @@ def generate(
     top_p: float = 1.0,
     speculative: bool = True,
     seed: int | Sequence[int] | None = None,
-    **more: Any,
+    *,
+    stop: Sequence[str | bytes | int] = (),
+    tokenizer: Tokenizer | None = None,
+    chunk: int = PREFILL,
 ) -> "Tensor | Array":
     """Continue texts; returns the new ids alone, (B, n), behind a stop `NOTHING`.
 
     model is a PyTorch model, a pair (params, config) for NumPy, or a `Decoder`. All
-    arguments are those of `stream`. A tensor for a PyTorch model, else an array.
+    arguments are those of `stream`. A tensor on the device of a PyTorch model, else an
+    array.
     """
     decoder = decoder_for(model)
     speculative = _drafting(decoder.config, speculative)
     steps = stream(
-        decoder, ids, max_new_tokens, temperature, top_p, speculative, seed, **more
-    )
+        decoder, ids, max_new_tokens, temperature, top_p, speculative, seed,
+        stop=stop, tokenizer=tokenizer, chunk=chunk,
+    )  # fmt: skip
     texts: list[list[int]] = []
     for step in steps:
         texts = texts or [[] for _ in step.tokens]
@@ -115,7 +121,7 @@ def generate(
         return new_ids
     import torch
 
-    return torch.from_numpy(new_ids)
+    return torch.from_numpy(new_ids).to(model.lm_head.weight.device)
 
 
 def stream(
@@ -127,7 +133,7 @@ def stream(
     speculative: bool = True,
     seed: int | Sequence[int] | None = None,
     *,
-    stop: Sequence[str | int] = (),
+    stop: Sequence[str | bytes | int] = (),
     tokenizer: Tokenizer | None = None,
     chunk: int = PREFILL,
 ) -> Iterator[Step]:
@@ -138,17 +144,22 @@ def stream(
     softmax of logits / temperature, cut to the most probable ones that reach top_p.
     With speculative, MTP module 1 drafts: the text is the same at temperature 0, up to
     logits that tie but for rounding, and follows the same law above. A model without
-    a module gets a warning and decodes plainly. The same seed gives the same text; text
-    b of a batch has its own stream of random numbers, ``seed[b]``, or for one seed
-    ``(seed, b)``, and does not depend on its neighbours.
+    a module gets a warning and decodes plainly.
+
+    The same seed gives the same text. Each text of a batch has random numbers of its
+    own: text b those of ``seed[b]``, or for one seed its b-th stream, of which the
+    first is what that seed gives alone. So a text does not depend on its neighbours, up
+    to rounding: a batch may be added up in another order.
 
     A text ends after max_new_tokens, or with the token that completes one of the
     strings in stop, or is one of its ids. Strings need the model's tokenizer (default:
-    that of bytes). Prompts are read ``chunk`` tokens at a time, which bounds memory.
+    that of bytes). Prompts are read ``chunk`` tokens at a time, which bounds memory,
+    and all to the length of the longest: very different lengths in a batch cost more.
 
     Raises ValueError for what cannot be done, before anything is computed: an empty
     prompt, ids outside the vocabulary, a text beyond ``max_position_embeddings``, bad
-    sampling values; FloatingPointError for logits that are not finite.
+    sampling values, stop strings without a tokenizer. While the text is written,
+    FloatingPointError for logits that are not finite, a draft's included.
     """
     decoder = decoder_for(model)
     request = checked(decoder.config, ids, max_new_tokens, chunk)
@@ -175,34 +186,43 @@ def _drafting(config: Config, asked: bool) -> bool:
 def decoder_for(model: "Model") -> Decoder:
     """The fastest decoder at hand for a model; a `Decoder` is its own.
 
-    The compiled loops where they apply, which is for MLA on a processor in float32 or
-    float64, in C order, with numba installed. Else the model's modules, or the NumPy
-    model.
+    The compiled loops where they apply: with numba installed, for what
+    `CompiledDecoder` takes. They read the weights alone, so a model with hooks, or of
+    a class of its own, is asked through its modules instead. The first use on a
+    machine compiles, some ten seconds. Raises ValueError for what is no model.
     """
     if hasattr(model, "session"):
         return model
-    reader, params = None, {}
-    if isinstance(model, tuple):
-        from minidsv3.generation.numpy_decoder import NumpyDecoder
-
-        params, config = model
-        other: Decoder = NumpyDecoder(params, config)
-    else:
-        from minidsv3.generation.torch_port import ModuleDecoder, TorchReader
-        from minidsv3.model.torch_port import arrays
-
-        config, other, reader = model.config, ModuleDecoder(model), TorchReader(model)
-        if model.lm_head.weight.device.type == "cpu":
-            params = arrays(model)
-    kinds = {
-        str(array.dtype) if array.flags.c_contiguous else "not in C order"
-        for array in params.values()
-    }
-    if config.uses_mla and kinds in ({"float32"}, {"float64"}) and find_spec("numba"):
+    other, reader = _by_the_model(model)
+    if not find_spec("numba") or (reader and not reader.weights_say_all):
+        return other
+    try:
         from minidsv3.generation.compiled import CompiledDecoder
 
+        params, config = reader.weights if reader else model
         return CompiledDecoder(params, config, reader)
+    except ImportError as error:
+        warnings.warn(f"decoding without numba, which fails: {error}", stacklevel=3)
+    except (ValueError, ParameterError):  # not for the loops
+        pass
     return other
+
+
+def _by_the_model(model: "Model") -> tuple[Decoder, Any]:
+    """A decoder that asks the model itself, and what reads prompts for torch."""
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[1], Config):
+        from minidsv3.generation.numpy_decoder import NumpyDecoder
+
+        return NumpyDecoder(*model), None
+    if not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"model is {type(model).__name__}: give a DeepSeekV3, a pair (params, "
+            "config), or a decoder"
+        )
+    from minidsv3.generation.torch_port import ModuleDecoder
+
+    decoder = ModuleDecoder(model)
+    return decoder, decoder.reader
 
 
 # --- the loop -----------------------------------------------------------------------
@@ -236,8 +256,8 @@ class _Loop:
     def run(self) -> Iterator[Step]:
         ids, lengths = self.request.ids, self.request.lengths
         B, T = ids.shape
-        capacity = T + self.request.new + 1  # a draft behind the last token
-        drafts = self.speculative and self.request.new > 2
+        capacity = T + self.request.new + 1  # where others draft, one place too many
+        drafts = self.speculative and self.request.new > 2  # 2: nothing to draft
         session = self.decoder.session(B, capacity, drafts, self.request.chunk)
         p = self._law(session.prefill(ids, lengths))
         new = self.rule.draw(p, self.uniforms)[:, None]  # (B, 1)
@@ -263,8 +283,9 @@ class _Loop:
     ) -> tuple[Array, Array]:
         """One speculative round: tokens (B, 2), and how many of them are settled.
 
-        Each text uses four random numbers, needed or not. Where a single token is
-        missing, nothing is gained by a draft: it is drawn as without.
+        Each text uses four random numbers, needed or not. A text that misses a single
+        token takes part, for a step has one width; its token is drawn as it would be
+        alone, without a draft and with the first number.
         """
         first = Given(self.uniforms.random(len(counts)))
         q = self._law(session.draft(new, counts))  # (B, V)
@@ -286,13 +307,8 @@ class _Loop:
         """The rule's law. Raises FloatingPointError for logits that are not finite."""
         if np.isfinite(logits.sum()) or np.isfinite(logits).all():
             return self.rule.law(logits)
-        culprit = self.decoder.culprit()
-        raise FloatingPointError(
-            f"the logits are not finite: {culprit} holds NaN or infinity"
-            if culprit
-            else "the logits are not finite though every parameter is: activations "
-            "overflowed; a wider dtype helps"
-        )
+        why = blame(self.decoder.culprit())
+        raise FloatingPointError(f"the logits are not finite{why}")
 
     def _settled(self, new: Array, counts: Array) -> Step:
         """Give each text its settled tokens, up to where it ends; count."""

@@ -153,8 +153,9 @@ class Speculation:
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens a pass of the trunk: 1 without speculation, 2 at the most."""
-        return self.tokens / self.trunk_passes
+        """New tokens a pass of the trunk: 1 without speculation, 2 at the most; NaN
+        before the first."""
+        return self.tokens / self.trunk_passes if self.trunk_passes else float("nan")
 
 
 def speculate(

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minidsv3.config import Config
 from minidsv3.primitives.cache import Cache
 
 Array = np.ndarray
@@ -17,8 +16,6 @@ States = Any  # hidden states: an array, or a tensor that stays where it is
 
 class Reader(Protocol):
     """A model that reads many tokens at once."""
-
-    config: Config
 
     def read(self, ids: Array, caches: list[Cache]) -> States:
         """Hidden states after the final norm: ids (B, T) -> (B, T, D)."""
@@ -67,7 +64,7 @@ class PrefilledSession:
                 self.reader.read_pairs(h[:, : after.shape[1]], after, self.module_cache)
             for b, length in enumerate(lengths.tolist()):
                 if start < length <= start + part.shape[1]:
-                    last[b] = h[b, length - 1 - start]
+                    last[b] = h[b, length - 1 - start] + 0  # a view would keep h
         self.h = self.reader.stack([last[b] for b in range(len(lengths))])
         self.lengths = lengths
         return self.reader.logits(self.h[:, 0])

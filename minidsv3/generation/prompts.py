@@ -15,7 +15,7 @@ Array = np.ndarray
 class Request:
     """Prompts side by side, and how many tokens may be added to each."""
 
-    ids: Array  # (B, T), 0 behind the end of the shorter ones
+    ids: Array  # (B, T), behind the end of the shorter ones their last token again
     lengths: Array  # (B,)
     new: int
     chunk: int
@@ -25,10 +25,7 @@ def checked(config: Config, ids: Any, new: int, chunk: int) -> Request:
     """Prompts as an array. Raises ValueError, and says what is wrong with which."""
     texts = [_one_text(text, b, config) for b, text in enumerate(_texts(ids))]
     longest, most = max(map(len, texts)), config.max_position_embeddings
-    if new < 1:
-        raise ValueError(f"max_new_tokens is {new}, must be at least 1")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, must be at least 1")
+    new, chunk = _count("max_new_tokens", new), _count("chunk", chunk)
     if longest > most:
         raise ValueError(
             f"a prompt has {longest} tokens, but max_position_embeddings is {most}: "
@@ -41,13 +38,22 @@ def checked(config: Config, ids: Any, new: int, chunk: int) -> Request:
             "follow"
         )
     lengths = np.array([len(text) for text in texts])
-    return Request(side_by_side(texts, 0), lengths, new, chunk)
+    # filled up with tokens of its own: no text may meet a row that it does not use
+    filled = [text + text[-1:] * (longest - len(text)) for text in texts]
+    return Request(np.array(filled, np.int64), lengths, new, chunk)
+
+
+def _count(name: str, value: Any) -> int:
+    """A number of tokens. Raises ValueError unless it is whole and positive."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {value!r}, must be at least 1, a whole number")
+    return int(value)
 
 
 def _texts(ids: Any) -> list:
     """One entry a text, whether a tensor, an array or a list came."""
     if isinstance(ids, list | tuple):
-        texts = list(ids)
+        texts = [_numpy(text) for text in ids]
     else:
         texts = list(_numpy(ids)) if _numpy(ids).ndim else [ids]
     if not texts or any(np.ndim(_numpy(text)) != 1 for text in texts):
@@ -85,7 +91,14 @@ def _one_text(text: Any, b: int, config: Config) -> list[int]:
 
 def _numpy(ids: Any) -> Array:
     """A list, an array or a tensor of any device as an array."""
-    return np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+    if hasattr(ids, "cpu"):
+        ids = ids.cpu() if not ids.is_floating_point() else ids.cpu().float()
+    try:
+        return np.asarray(ids)
+    except ValueError as error:
+        raise ValueError(
+            "the prompt is nested unevenly: give a list of texts, each a list of ids"
+        ) from error
 
 
 def side_by_side(texts: Sequence[Sequence[int]], filler: int) -> Array:

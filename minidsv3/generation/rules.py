@@ -5,6 +5,7 @@ law, and ``judge`` for drafts: which are kept, and what stands in their place.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,16 @@ class Uniforms:
     """Random numbers of [0, 1), a stream for each text; `random` takes one of each."""
 
     def __init__(self, seed: int | Sequence[int] | None, B: int) -> None:
-        if seed is None or isinstance(seed, int | np.integer):
-            roots = [seed if b == 0 or seed is None else (seed, b) for b in range(B)]
-        else:
-            roots = list(seed)
-            if len(roots) != B:
-                raise ValueError(f"{len(roots)} seeds for {B} texts: give one a text")
-        self._streams = [np.random.default_rng(root) for root in roots]
+        one = seed is None or hasattr(seed, "__index__")
+        try:
+            roots = [_spawned(seed, b) for b in range(B)] if one else list(seed)
+            self._streams = [np.random.default_rng(root) for root in roots]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"seed is {seed!r}: give whole numbers from 0 on"
+            ) from error
+        if len(roots) != B:
+            raise ValueError(f"{len(roots)} seeds for {B} texts: give one a text")
 
     def select(self, texts: Array) -> None:
         """Go on with these texts alone."""
@@ -34,6 +38,11 @@ class Uniforms:
     def random(self, shape: tuple[int, ...] | int) -> Array:
         """One number a text, in the shape asked for."""
         return np.array([s.random() for s in self._streams]).reshape(shape)
+
+
+def _spawned(seed: int | None, b: int) -> Any:
+    """The b-th stream of a seed, which no other seed has; the first is its own."""
+    return np.random.SeedSequence(seed, spawn_key=(b,)) if b else seed
 
 
 class Given:

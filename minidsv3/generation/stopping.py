@@ -1,9 +1,10 @@
 """Where a text ends: at an id, or at a string, which tokens may bring in pieces."""
 
+import operator
 from collections.abc import Sequence
 
 from minidsv3.config import Config
-from minidsv3.tokenizer import Tokenizer, load_tokenizer
+from minidsv3.tokenizer import ByteTokenizer, Tokenizer
 
 
 class StopStrings:
@@ -50,20 +51,40 @@ def _overlap(text: bytes, string: bytes) -> int:
 
 
 def endings(
-    stop: Sequence[str | int], tokenizer: Tokenizer | None, config: Config, B: int
+    stop: Sequence[str | bytes | int],
+    tokenizer: Tokenizer | None,
+    config: Config,
+    B: int,
 ) -> list["Ending"]:
     """One `Ending` a text. Strings need a tokenizer, by default that of bytes.
 
-    Raises ValueError for a stop that is no list, or an empty string, TokenizerError
-    where the model does not read bytes and no tokenizer is given.
+    Raises ValueError for a stop that is no list, an entry that is neither a string nor
+    an id of the vocabulary, an empty string, and strings for a model that does not read
+    bytes where no tokenizer is given.
     """
-    if isinstance(stop, str | bytes | int):
-        raise ValueError(f"stop is {stop!r}: give a list, [{stop!r}]")
-    ids = {s for s in stop if not isinstance(s, str | bytes)}
+    if not isinstance(stop, list | tuple | set):
+        raise ValueError(f"stop is {stop!r}: give a list, [{stop!r}] for instance")
     strings = [s for s in stop if isinstance(s, str | bytes)]
+    ids = {_id(s, config) for s in stop if not isinstance(s, str | bytes)}
     if strings and tokenizer is None:
-        tokenizer = load_tokenizer(None, config.vocab_size)
+        if config.vocab_size != ByteTokenizer.size:
+            raise ValueError(
+                f"stop holds strings, and the model's {config.vocab_size} ids are no "
+                "bytes: give its tokenizer, load_tokenizer(folder)"
+            )
+        tokenizer = ByteTokenizer()
     return [Ending(ids, strings, tokenizer) for _ in range(B)]
+
+
+def _id(entry: object, config: Config) -> int:
+    """A stop that is no string as an id."""
+    if isinstance(entry, bool) or not hasattr(entry, "__index__"):
+        raise ValueError(f"stop holds {entry!r}: give strings and ids")
+    if not 0 <= (one := operator.index(entry)) < config.vocab_size:
+        raise ValueError(
+            f"stop holds the id {one}, outside the vocabulary 0…{config.vocab_size - 1}"
+        )
+    return one
 
 
 class Ending:

@@ -1,9 +1,14 @@
 """Decoding with the PyTorch model, on whatever device it is."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from minidsv3.config import Config
 from minidsv3.generation.prefill import PrefilledSession
 from minidsv3.model.torch_port import DeepSeekV3, arrays
 from minidsv3.parameters import first_not_finite
@@ -12,14 +17,39 @@ from minidsv3.primitives.cache import Cache, RaggedCache
 Array = np.ndarray
 
 
+def _plainly(method: Callable) -> Callable:
+    """Without gradients, and in the model's own precision under autocast too."""
+
+    @wraps(method)
+    def run(self: "TorchReader", *arguments: Any) -> Any:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments)
+
+    return run
+
+
 class TorchReader:
     """Reads prompts; ids come as arrays, states stay tensors."""
 
     def __init__(self, model: DeepSeekV3) -> None:
-        self.model, self.config = model, model.config
+        self.model = model
         self.device = model.lm_head.weight.device
 
-    @torch.inference_mode()
+    @property
+    def weights(self) -> tuple[dict[str, Array], Config]:
+        """What the NumPy model takes, the same memory."""
+        return arrays(self.model), self.model.config
+
+    @property
+    def weights_say_all(self) -> bool:
+        """Whether the weights alone, on a processor, answer as the model does."""
+        hooked = any(
+            m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()
+        )
+        own_class = type(self.model) is DeepSeekV3
+        return self.device.type == "cpu" and own_class and not hooked
+
+    @_plainly
     def read(self, ids: Array, caches: list[Cache]) -> Tensor:
         """Hidden states after the final norm: ids (B, T) -> (B, T, D).
 
@@ -32,17 +62,17 @@ class TorchReader:
                 raise FloatingPointError(f"{culprit} holds NaN or infinity")
         return self.model.hidden_states(self._ids(ids), caches)[0]
 
-    @torch.inference_mode()
+    @_plainly
     def read_pairs(self, h: Tensor, ids: Array, cache: Cache) -> None:
         """Leave pairs in the cache of module 1: h (B, T, D), ids (B, T)."""
         self.model.draft_states(h, self._ids(ids), cache, answer=False)
 
-    @torch.inference_mode()
+    @_plainly
     def draft(self, h: Tensor, ids: Array, cache: Cache) -> Tensor:
         """Module 1's states, before the head: h (B, T, D), ids (B, T) -> (B, T, D)."""
         return self.model.draft_states(h, self._ids(ids), cache)
 
-    @torch.inference_mode()
+    @_plainly
     def logits(self, h: Tensor) -> Array:
         """The head: h (..., D) -> (..., V), in float32 at least."""
         z = self.model.lm_head(h)
@@ -61,17 +91,17 @@ class ModuleDecoder:
     """The model's own modules, with caches that let texts differ in length."""
 
     def __init__(self, model: DeepSeekV3) -> None:
-        self.model, self.config = model, model.config
+        self.reader, self.config = TorchReader(model), model.config
 
     def session(self, B: int, capacity: int, drafts: bool, chunk: int) -> "_Session":
         """Empty caches for B texts."""
         caches = [RaggedCache(capacity) for _ in range(self.config.num_hidden_layers)]
         module_cache = RaggedCache(capacity) if drafts else None
-        return _Session(TorchReader(self.model), caches, module_cache, chunk)
+        return _Session(self.reader, caches, module_cache, chunk)
 
     def culprit(self) -> str | None:
         """The name of a parameter that is not finite."""
-        return first_not_finite(arrays(self.model))
+        return first_not_finite(self.reader.weights[0])
 
 
 class _Session(PrefilledSession):

@@ -20,7 +20,7 @@ from minidsv3.model.block_numpy_ref import (
 )
 from minidsv3.moe import numpy_ref as moe
 from minidsv3.mtp import numpy_ref as mtp
-from minidsv3.parameters import check, cut, first_not_finite, prefixed
+from minidsv3.parameters import blame, check, cut, first_not_finite, prefixed
 from minidsv3.primitives.cache import Cache, common_length
 from minidsv3.primitives.numpy_ref import (
     cross_entropy_backward,
@@ -369,10 +369,5 @@ def naming_the_culprit(params: Params) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        culprit = first_not_finite(params)
-        raise FloatingPointError(
-            f"{error}: {culprit} holds NaN or infinity"
-            if culprit
-            else f"{error} though every parameter is: activations overflowed; a lower "
-            "learning rate or float64 helps"
-        ) from error
+        why = blame(first_not_finite(params))
+        raise FloatingPointError(f"{error}{why}") from error
