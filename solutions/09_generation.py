@@ -135,8 +135,11 @@ def settle(draft, best, h, lengths):
 #
 # Return how many bytes of the text are on the screen after each piece, counted from
 # its beginning, and one number more for the end. What comes after a stop changes
-# nothing. Of two stops the one that begins first counts. No stop is empty, and none
-# holds another inside.
+# nothing. Of two stops the one that begins first counts. There may be no stops, no
+# pieces, and pieces without a byte. No stop is empty, and none holds another inside.
+#
+# Bytes are not characters: `"é"` has two, and a piece may end between them. Half a
+# character is shown like anything else.
 
 
 # %%
@@ -176,8 +179,8 @@ def shown(pieces, stops):
 # bytes for each expert that is visited, and `cache` bytes for each text. Without
 # drafts it takes one token of each text. With drafts it takes two of each, the module
 # reads `draft` bytes a round besides, and a round yields $1 + a$ tokens of each text.
-# Return the mean bytes of both kinds of pass, and how many times as fast the texts come
-# with drafts.
+# Return the mean bytes of both kinds of pass, neither with the module's among them, and
+# how many times as fast the texts come with drafts, the module's bytes included.
 
 
 # %%

@@ -328,6 +328,12 @@ def test_a_wrong_shape_among_several_results(yours, message):
     assert said.startswith(message), said
 
 
+def test_a_result_of_the_right_shape_is_not_called_exchanged():
+    said = compare.fault((A[:, 0], A[:, 0]), (A, A[:, 0]), ("X", "Y"), TOL)
+    assert said.startswith("X has shape (2,), expected (2, 3).")
+    assert "exchanged" not in said
+
+
 # --- in the notebook --------------------------------------------------------------
 
 

@@ -66,6 +66,13 @@ GAIN = Check(
             "2N into the exponent.",
         ),
         Wrong(
+            "each text reads its experts for itself",
+            VISITED,
+            "N * E * (1 - (1 - K / E) ** (tokens / N))",
+            "An expert that two texts visit in one pass is read once, for both. All "
+            "tokens of the pass belong into one exponent: N of them, or 2N.",
+        ),
+        Wrong(
             "all tokens visit the same experts",
             VISITED,
             "K + 0 * tokens",

@@ -22,6 +22,8 @@ def far_apart(*rows: float, V: int, seed: int) -> np.ndarray:
 QUARTERS = np.array([[3.0, 3.0, -2000.0, 3.0, 3.0], [-9.0, 0.0, 0.0, -2000.0, -2000.0]])
 EQUALS = np.array([[0.0] * 8, [5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0]])
 MANY = np.where(np.arange(60) * 7 % 15 < 8, 0.0, -2000.0)[None]
+# In floating point the sum of ten tenths is a little less than 1, of six sixths too.
+TENTHS = np.array([[0.0] * 10, [-3000.0, 2.0, 2.0, 2.0, -3000.0] * 2])
 
 LAW = "law = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)"
 GREEDY = "np.eye(logits.shape[1])[logits.argmax(axis=1)]"
@@ -62,6 +64,11 @@ NEXT_TOKEN_LAW = Check(
         Case(
             "three tokens a thousand apart",
             (np.array([[-1000.0, 0.0, 1000.0]]), 1.0, 0.95),
+        ),
+        Case("tenths and sixths, which add up to less than 1", (TENTHS, 1.0, 1.0)),
+        Case(
+            "two that nearly agree, where the line is crossed",
+            (np.log([[0.0155, 0.4, 0.0165, 0.568]]), 1.0, 0.98),
         ),
     ],
     hints=(
@@ -260,6 +267,23 @@ NEXT_TOKEN_LAW = Check(
             "temperature = max(temperature, 1e-8)",
             "Then equal largest logits share the law, as far as top_p lets them. "
             "Greedy is one token, the first among equals.",
+        ),
+        Wrong(
+            "greedy shared among equals",
+            GREEDY,
+            "(ties := 1.0 * (logits == logits.max(axis=1, keepdims=True))) "
+            "/ ties.sum(axis=1, keepdims=True)",
+            "Greedy is one token: of equal logits the first gets all, as argmax has "
+            "it.",
+        ),
+        Wrong(
+            "the first place where the sum reaches top_p, though there may be none",
+            LINE,
+            "np.arange(law.shape[1]) "
+            "<= (before + ranked >= top_p).argmax(axis=1)[:, None]",
+            "Rounded, all probabilities together may be less than 1, and so less than "
+            "a top_p of 1. `argmax` of nothing but False is 0: one token stays. Ask "
+            "instead what the tokens before have: `before < top_p`.",
         ),
         Wrong(
             "greedy by the last of equals",

@@ -151,6 +151,13 @@ SETTLE = Check(
             ((LENGTHS, "lengths + 1 + 0 * kept"),),
         ),
         Wrong(
+            "a kept draft settled alone, and left in the cache",
+            SETTLED,
+            "np.stack([best[:, 0], np.full(len(draft), -1)], axis=1)",
+            "The trunk has read d, and best[:, 1] is what it says behind it. That "
+            "second token is the whole gain.",
+        ),
+        Wrong(
             "a refused draft left in the cache",
             LENGTHS,
             "lengths + 2 + 0 * kept",

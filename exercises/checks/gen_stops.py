@@ -23,8 +23,13 @@ def as_counts(function: Callable, *args: object) -> object:
 
 
 def told(text: str, *stops: str) -> Case:
-    """A text whose pieces are separated by |; the label can be pasted and tried."""
-    joined, ends = text.encode(), [stop.encode() for stop in stops]
+    """A text whose pieces are separated by |."""
+    return raw(text.encode(), *(stop.encode() for stop in stops))
+
+
+def raw(joined: bytes, *stops: bytes) -> Case:
+    """Bytes, of which some may be half a character; the label can be pasted."""
+    ends = [*stops]
     label = f"pieces {joined}.split(b'|'), stops {ends}"
     return Case(label, (joined.split(b"|"), ends))
 
@@ -61,6 +66,8 @@ SHOWN = Check(
         told("||", "x"),
         told("no |stop|\n"),
         told("the very end|.\n", ".\n\n"),
+        raw(b"caf\xc3|\xa9 cr|\xc3|\xa8me\n|\nand", b"\n\n"),
+        raw(b"\xe2\x80|\x9cyes\xe2|\x80\x9d, he said\xe2\x80|\xa6 no", b"\xe2\x80\xa6"),
         told("STOP|it", "STOP"),
         told("it|STOP", "STOP"),
         told("aSTOPbSTOPc|d|STOP", "STOP"),
@@ -248,6 +255,31 @@ SHOWN = Check(
             "That is how many are written each time. Asked for is how many are on the "
             "screen, counted from the text's beginning.",
             ((END, "return np.diff([*counts, len(text)], prepend=0)"),),
+        ),
+        Wrong(
+            "characters counted, not bytes",
+            COUNT,
+            "counts.append(size(len(text) - max(held, default=0)))",
+            "Outside of ASCII a character is two, three or four bytes, and a piece may "
+            "end in the middle of one. Nothing need be decoded to count bytes.",
+            (
+                (
+                    'text, counts = b"", []',
+                    'text, counts = b"", []\n\n'
+                    "    def size(n):\n"
+                    "        return len(text[:n].decode(errors='ignore'))\n",
+                ),
+                (STOPPED, STOPPED.replace("min(found)", "size(min(found))")),
+                (END, "return [*counts, size(None)]"),
+            ),
+        ),
+        Wrong(
+            "only whole characters shown",
+            COUNT,
+            "whole = text[: len(text) - max(held, default=0)].decode(errors='ignore')\n"
+            "        counts.append(len(whole.encode()))",
+            "What is held back is what may become a stop, and no more: half a "
+            "character that begins no stop is shown at once.",
         ),
         Wrong(
             "numbers up to the stop only",

@@ -87,8 +87,8 @@ def fault(
                 return said
     for name, yours, right in table:
         if said := _shape(name, np.asarray(yours), right):
-            for other, _, its in table:
-                if other != name and its.shape == np.shape(yours):
+            for other, theirs, its in table:  # of the right shape: not exchanged
+                if its.shape == np.shape(yours) != np.shape(theirs):
                     return f"{said} That is the shape of {other}: exchanged?"
             return said
     for name, yours, right in table:

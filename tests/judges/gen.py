@@ -143,11 +143,11 @@ def end(text: bytes, stops: Sequence[bytes]) -> int:
     return len(text)
 
 
-def some_stops(rng: Rng) -> list[bytes]:
+def some_stops(rng: Rng, letters: bytes) -> list[bytes]:
     """Up to three, none inside another."""
     stops: list[bytes] = []
     for _ in range(int(rng.integers(1, 6))):
-        new = bytes(rng.choice([*b"ab"], int(rng.integers(1, 5))).tolist())
+        new = bytes(rng.choice([*letters], int(rng.integers(1, 5))).tolist())
         if not any(new in stop or stop in new for stop in stops):
             stops.append(new)
     return stops[:3]
@@ -155,13 +155,14 @@ def some_stops(rng: Rng) -> list[bytes]:
 
 def shown(f: Callable, rng: Rng) -> None:
     """What may be seen is what every way to go on leaves standing."""
-    for _ in range(12):
-        stops = some_stops(rng)
-        whole = bytes(rng.choice([*b"aabbc"], 12).tolist())
+    for number in range(12):
+        a, b, c = alphabet = b"abc" if number % 2 else "é".encode() + b"c"
+        stops = some_stops(rng, alphabet[:2])
+        whole = bytes(rng.choice([a, a, b, b, c], 12).tolist())
         cuts = sorted(rng.integers(0, 13, 5).tolist())
         places = [*cuts, 12]
-        pieces = [whole[a:b] for a, b in zip([0, *cuts], places, strict=True)]
-        more = [bytes(m) for n in range(4) for m in product(b"abc", repeat=n)]
+        pieces = [whole[i:j] for i, j in zip([0, *cuts], places, strict=True)]
+        more = [bytes(m) for n in range(4) for m in product(alphabet, repeat=n)]
         counts = list(f([*pieces], [*stops]))
         assert len(counts) == len(pieces) + 1
         for n, count in zip(places, counts, strict=False):
