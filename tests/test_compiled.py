@@ -67,12 +67,12 @@ def check_linear(
         N, O, I = Ns[N], Os[O], widths[I]  # noqa: E741
         x, W = numbers(N, I, dtype=dtype), numbers(O, I, dtype=dtype, seed=1)
         y = np.full((N, O), np.nan, dtype)
-        kernels.linear(x, W, y, False)
+        kernels.linear(x, W, y, False, W[:0])
         wide_x, wide_W = exact(x, W)
         agree(y, wide_x @ wide_W.T, N, O, I)
         before = numbers(N, O, dtype=dtype, seed=2)
         y = before.copy()
-        kernels.linear(x, W, y, True)
+        kernels.linear(x, W, y, True, W[:0])
         agree(y, before.astype(F64) + wide_x @ wide_W.T, N, O, I)
 
 
@@ -251,7 +251,7 @@ def check_output(config: Config = test_mla.BASE, dtype: type = F64) -> None:
     v = np.einsum("nsc,hvc->nshv", *exact(kept, W_UKV.reshape(N_h, d_h + d_v, -1)))
     o = np.einsum("nhs,nshv->nhv", P, v[..., d_h:]).reshape(N, -1)
     expected = x.astype(F64) + o @ W_O.astype(F64).T
-    kernels.output(x, weights, latents, d_h, W_UKV, W_O)
+    kernels.output(x, weights.sum(-1), latents, d_h, W_UKV, W_O)
     agree(x, expected)
 
 
