@@ -50,8 +50,9 @@ ROWS = {
         [("linear(u, W_gate, a", "linear(u, W_gate, b"),
           ("linear(u, W_up, b", "linear(u, W_up, a")],
         loops.check_dense),
-    "the stream is overwritten": ([("linear(a, W_down, y, True", "linear(a, W_down, y, False")],
-                                  loops.check_dense),
+    "the stream is overwritten": (
+        [("linear(a, W_down, y, True", "linear(a, W_down, y, False")],
+        loops.check_dense),
     "turned the other way": (
         [("even * angles[0, j] - odd", "even * angles[0, j] + odd"),
          ("= even * angles[1, j] + odd", "= -even * angles[1, j] + odd")],
@@ -146,7 +147,8 @@ EXPERTS = {
         [("swiglu(u[row], W_gate[e]", "swiglu(x[row], W_gate[e]")], experts),
     "the shared expert reads what the others have added": (
         [("swiglu(u, S_gate", "swiglu(x, S_gate")], experts),
-    "the same expert for all": ([("e, row = chosen[pair]", "e, row = chosen[0]")], experts),
+    "the same expert for all": (
+        [("e, row = chosen[pair]", "e, row = chosen[0]")], experts),
     "gates of s + b": (
         [("        total += s[chosen[k]]\n",
           "        s[chosen[k]] += bias[chosen[k]]\n"
