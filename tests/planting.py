@@ -55,9 +55,14 @@ def plant_methods(patch: pytest.MonkeyPatch, module: ModuleType, *lines):
 
 
 def plant_loops(patch: pytest.MonkeyPatch, module: ModuleType, *lines):
-    """The compiled functions of a module as plain Python, with other lines."""
+    """The compiled functions of a module as plain Python, with other lines.
+
+    Instructions that only the compiler can write do nothing.
+    """
     with patch.context() as uncompiled:
         uncompiled.setattr(module.numba, "njit", lambda **how: lambda f: f)
+        nothing = lambda *given: None  # noqa: E731
+        uncompiled.setattr(module.numba.extending, "intrinsic", lambda f: nothing)
         wrong = changed(module, *lines)
     for name, function in wrong.items():
         if inspect.isfunction(function) and function.__module__ == module.__name__:

@@ -5,7 +5,9 @@ the loops inside a model, `test_compiled_mistakes` what these checks see.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numba
 import numpy as np
@@ -28,6 +30,7 @@ from minidsv3.primitives.numpy_ref import (
 )
 from tests import test_mla, test_moe
 from tests.oracles import relative_error
+from tests.planting import plant_loops
 from tests.test_moe import BROAD, LAYERS, ONE, SMALL, Layer, layer, margins, rounded
 from tests.test_primitives import normal
 from tests.torch_moe import BIAS
@@ -67,12 +70,12 @@ def check_linear(
         N, O, I = Ns[N], Os[O], widths[I]  # noqa: E741
         x, W = numbers(N, I, dtype=dtype), numbers(O, I, dtype=dtype, seed=1)
         y = np.full((N, O), np.nan, dtype)
-        kernels.linear(x, W, y, False)
+        kernels.linear(x, W, y, False, W[:0])
         wide_x, wide_W = exact(x, W)
         agree(y, wide_x @ wide_W.T, N, O, I)
         before = numbers(N, O, dtype=dtype, seed=2)
         y = before.copy()
-        kernels.linear(x, W, y, True)
+        kernels.linear(x, W, y, True, W[:0])
         agree(y, before.astype(F64) + wide_x @ wide_W.T, N, O, I)
 
 
@@ -85,6 +88,56 @@ def test_linear_for_every_remainder(dtype: type) -> None:
 def test_long_rows(dtype: type) -> None:
     """A lane of the processor sums its share: rounding does not grow with the row."""
     check_linear(dtype, Ns=(1, 2, 3), Os=(4, 5), widths=(4099,))
+
+
+def check_ahead(dtype: type = F64, Os=(1, 4, 7, 12), Is=(1, 3, 40)) -> None:
+    """What comes next may have any size: no bit of the answer changes."""
+    for N in (1, 2, 3):
+        for O, I in ((O, I) for O in Os for I in Is):  # noqa: E741
+            x, W = numbers(N, I, dtype=dtype), numbers(O, I, dtype=dtype, seed=1)
+            answers = []
+            for shape in ((0, I), (1, 1), (O, I), (2, 1), (3 * O, 2 * I), (0, 0)):
+                y = np.full((N, O), np.nan, dtype)
+                kernels.linear(x, W, y, False, numbers(*shape, dtype=dtype, seed=2))
+                answers.append(y)
+            for y in answers[1:]:
+                np.testing.assert_array_equal(y, answers[0])
+
+
+@each_dtype
+def test_what_comes_next_changes_nothing(dtype: type) -> None:
+    check_ahead(dtype)
+
+
+@contextmanager
+def fetching() -> Iterator[list[int]]:
+    """The addresses that loops ask for, where they run as plain Python."""
+    places: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.linear.__globals__, "_fetch", places.append)
+        yield places
+
+
+def check_fetched() -> None:
+    """As much as is multiplied, each byte's line once, nothing behind the end."""
+    for dtype, O, I in itertools.product((F64, F32), (3, 4, 9, 12), (1, 5, 24)):  # noqa: E741
+        x, W = numbers(2, I, dtype=dtype), numbers(O, I, dtype=dtype, seed=1)
+        for shape in ((0, I), (1, 1), (5, I), (O, I), (O, 3 * I)):
+            ahead, y = numbers(*shape, dtype=dtype), np.empty((2, O), dtype)
+            with fetching() as places:
+                kernels.linear(x, W, y, False, ahead)
+            at = np.array(places, int) - ahead.ctypes.data
+            pace = 4 * I * W.itemsize  # bytes of four rows
+            end = min(O // 4 * pace, ahead.nbytes)
+            assert (np.diff(at) > 0).all() and (at >= 0).all() and (at < end).all()
+            asked = at[:, None] + np.arange(kernels.LINE)  # (lines, bytes)
+            assert np.isin(np.arange(end), asked).all(), "some byte is not fetched"
+            assert len(at) <= O // 4 * -(-pace // kernels.LINE)
+
+
+def test_what_comes_next_is_fetched(monkeypatch) -> None:
+    plant_loops(monkeypatch, kernels)
+    check_fetched()
 
 
 def check_norm(dtype: type = F64) -> None:
@@ -208,9 +261,16 @@ def test_project(config: Config, dtype: type) -> None:
     check_project(config, dtype, 1, (0,))
 
 
+SHIFTS = (  # T, S, starts
+    *((1, 9, (8, 3)), (3, 9, (2, 6)), (2, 2, (0, 0)), (2, 3, (1,))),
+    *((1, S, (S - 1, S // 2)) for S in range(1, 41)),
+    *((2, S, (S - 2, S // 3)) for S in (15, 16, 17, 18, 31, 32, 33, 34, 40)),
+)
+
+
 def check_shift() -> None:
     """As a softmax that is not divided yet; whatever stands in the future is gone."""
-    for T, S, starts in ((1, 9, (8, 3)), (3, 9, (2, 6)), (2, 2, (0, 0)), (2, 3, (1,))):
+    for T, S, starts in SHIFTS:
         scores = 50 * normal(len(starts), T, 2, S)
         scores[0] -= 900  # below zero, all of them
         expected = np.zeros_like(scores)
@@ -228,14 +288,37 @@ def test_shift() -> None:
 
 
 def test_nan_that_is_seen_stays() -> None:
-    for s in range(3):
-        scores = np.zeros((1, 1, 1, 4))
-        scores[..., s] = np.nan
-        kernels.shift(scores, np.array([2]))
-        assert np.isnan(np.exp(scores)).any()
-    scores = np.full((1, 1, 1, 2), np.inf)
-    kernels.shift(scores, np.array([1]))
-    assert np.isnan(scores).all()
+    for seen in (3, 16, 37):
+        for s in range(seen):
+            scores = np.zeros((1, 1, 1, seen + 1))
+            scores[..., s] = np.nan
+            kernels.shift(scores, np.array([seen - 1]))
+            assert np.isnan(np.exp(scores)).any()
+            cache = np.ones((1, seen + 1, 3))
+            cache[0, s] = np.nan
+            sums, latents = np.zeros((1, 1)), np.zeros((1, 1, 2))
+            start = np.array([seen - 1])
+            kernels.attend(np.ones((1, 1, 3)), start, cache, sums, latents)
+            assert np.isnan(sums).all() and np.isnan(latents).all()
+        scores = np.full((1, 1, 1, seen), np.inf)
+        kernels.shift(scores, np.array([seen - 1]))
+        assert np.isnan(scores).all()
+
+
+def check_the_largest() -> None:
+    """In every lane, in the rows behind them, and once only: a row forgets the last."""
+    for S in (1, 5, 16, 17, 35):
+        scores = np.zeros((1, 1, S, S)) - 1
+        for h in range(S):  # each head lower than the one before
+            scores[0, 0, h] -= 10 * h
+            scores[0, 0, h, h] += 5
+        before = scores.copy()
+        kernels.shift(scores, np.array([S - 1]))
+        np.testing.assert_array_equal(scores, before - before.max(-1, keepdims=True))
+
+
+def test_the_largest_is_found_wherever_it_stands() -> None:
+    check_the_largest()
 
 
 def check_output(config: Config = test_mla.BASE, dtype: type = F64) -> None:
@@ -251,7 +334,7 @@ def check_output(config: Config = test_mla.BASE, dtype: type = F64) -> None:
     v = np.einsum("nsc,hvc->nshv", *exact(kept, W_UKV.reshape(N_h, d_h + d_v, -1)))
     o = np.einsum("nhs,nshv->nhv", P, v[..., d_h:]).reshape(N, -1)
     expected = x.astype(F64) + o @ W_O.astype(F64).T
-    kernels.output(x, weights, latents, d_h, W_UKV, W_O)
+    kernels.output(x, weights.sum(-1), latents, d_h, W_UKV, W_O)
     agree(x, expected)
 
 
@@ -259,6 +342,132 @@ def check_output(config: Config = test_mla.BASE, dtype: type = F64) -> None:
 @test_mla.each_config
 def test_output(config: Config, dtype: type) -> None:
     check_output(config, dtype)
+
+
+def weighed(q: np.ndarray, kept: np.ndarray, starts, d_c: int) -> tuple:
+    """One query and one head at a time, in float64: sums (N, N_h), latents."""
+    (N, N_h, _), T = q.shape, len(q) // len(starts)
+    sums, latents = np.zeros((N, N_h)), np.zeros((N, N_h, d_c))
+    for n, h in np.ndindex(N, N_h):
+        b, t = divmod(n, T)
+        seen = kept[b, : starts[b] + t + 1].astype(F64)
+        scores = [float(row @ q[n, h].astype(F64)) for row in seen]
+        for score, row in zip(scores, seen, strict=True):
+            weight = np.exp(score - max(scores))
+            sums[n, h] += weight
+            latents[n, h] += weight * row[:d_c]
+    return sums, latents
+
+
+def check_attend(dtype: type = F64, size: float = 0.4) -> None:
+    """Every remainder of four keys; what stands behind a text is not read."""
+    shapes = [(1, (n,)) for n in range(9)]
+    for T, starts in (*shapes, (1, (4, 0, 7)), (2, (3, 0, 8)), (3, (11, 6))):
+        B, N_h, w, d_c = len(starts), 2, 5, 3
+        q = numbers(B * T, N_h, w, dtype=dtype)
+        q *= dtype(size)
+        cache = numbers(B, 16, w, dtype=dtype, seed=1)
+        for b, start in enumerate(starts):
+            cache[b, start + T :] = np.nan
+        sums = np.full((B * T, N_h), np.nan, dtype)
+        latents = np.full((B * T, N_h, d_c), np.nan, dtype)
+        kernels.attend(q, np.array(starts), cache, sums, latents)
+        expected_sums, expected = weighed(q, cache, starts, d_c)
+        agree(sums, expected_sums, T, starts)
+        agree(latents, expected, T, starts)
+
+
+@each_dtype
+def test_attend(dtype: type) -> None:
+    check_attend(dtype)
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    check_attend(F64, 500.0)
+
+
+def check_weigh(dtype: type = F64) -> None:
+    """Remainders of four; the array may hold more rows, and more of each."""
+    for S, d_c in itertools.product(range(1, 11), (1, 4, 7)):
+        weights = np.abs(numbers(S, dtype=dtype))
+        kept = numbers(S + 2, d_c + 3, dtype=dtype, seed=1)
+        kept[S:], kept[:, d_c:] = np.nan, np.nan
+        latent = np.full(d_c, np.nan, dtype)
+        kernels.weigh(weights, kept, latent)
+        expected = np.zeros(d_c)
+        for weight, row in zip(*exact(weights, kept[:S, :d_c]), strict=True):
+            expected += weight * row
+        agree(latent, expected, S, d_c)
+
+
+@each_dtype
+def test_weigh(dtype: type) -> None:
+    check_weigh(dtype)
+
+
+def layer_of(config: Config, dtype: type, N: int) -> tuple:
+    """Stream, norm, sizes and weights of `attention`, in the kernel's order."""
+    c, w = config, {k: a.astype(dtype) for k, a in test_mla.weights(config).items()}
+    x = numbers(N, c.hidden_size, dtype=dtype)
+    g = numbers(c.hidden_size, dtype=dtype, seed=1)
+    sizes = (c.qk_nope_head_dim, softmax_scale(c), EPS, mla.LATENT_EPS)
+    project = (
+        *(*sizes, g, *queries(c, w, x[0]), w["kv_a_proj_with_mqa.weight"]),
+        *(w["kv_a_layernorm.weight"], w["kv_b_proj.weight"]),
+    )
+    return w, x, g, project
+
+
+def check_attention(
+    config: Config = test_mla.BASE, dtype: type = F64, T: int = 2, starts=(4, 0, 7)
+) -> None:
+    """The whole layer: against loops, and against the way with NumPy's products."""
+    c, N = config, len(starts) * T
+    w, x, g, project = layer_of(c, dtype, N)
+    W_UKV, W_O = w["kv_b_proj.weight"], w["o_proj.weight"]
+    N_h, d_h, d_c = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+    capacity = max(starts) + T + 1
+    angles = angles_of(c, np.arange(capacity), dtype)
+    cache = numbers(len(starts), capacity, d_c + c.qk_rope_head_dim, dtype=dtype)
+    expected_q, kept = expected_project(c, w, x, g, starts)
+    full = cache.astype(F64)
+    for b, start in enumerate(starts):
+        full[b, start : start + T] = kept[b]
+    q = expected_q.reshape(N, N_h, -1)
+    sums, latents = weighed(q, full, starts, d_c)
+    W_UV = W_UKV.reshape(N_h, -1, d_c)[:, d_h:].astype(F64)
+    o = np.einsum("nhc,hvc->nhv", latents / sums[..., None], W_UV)
+    expected = x.astype(F64) + o.reshape(N, -1) @ W_O.astype(F64).T
+
+    other, other_cache, starts = x.copy(), cache.copy(), np.array(starts)
+    kernels.attention(x, starts, cache, angles, *project, W_O)
+    agree(x, expected)
+    agree(cache, full)
+    q = np.empty(q.shape, dtype)
+    kernels.project(other, starts, other_cache, angles, *project, q)
+    seen = other_cache[:, : max(starts) + T]
+    weights = q.reshape(len(starts), -1, q.shape[-1]) @ seen.swapaxes(1, 2)
+    kernels.shift(weights.reshape(len(starts), T, N_h, -1), starts)
+    np.exp(weights, out=weights)
+    sums = weights.sum(-1).reshape(N, N_h)
+    latents = (weights @ seen[..., :d_c]).reshape(N, N_h, d_c)
+    kernels.output(other, sums, latents, d_h, W_UKV, W_O)
+    agree(other, expected)
+    agree(other_cache, full)
+
+
+@each_dtype
+@test_mla.each_config
+def test_attention(config: Config, dtype: type) -> None:
+    for T in (1, 2, 3):
+        check_attention(config, dtype, T)
+    check_attention(config, dtype, 1, (0,))
+
+
+@each_dtype
+def test_attention_far_behind_a_long_past(dtype: type) -> None:
+    check_attention(test_mla.BASE, dtype, 2, (250, 1, 131))
+    check_attention(test_mla.YARN, dtype, 1, (700,))
 
 
 # --- feed-forward ---------------------------------------------------------------------
@@ -314,6 +523,26 @@ def normed(given: Layer) -> Layer:
 def check_experts(given: Layer, answer: Callable = test_moe.answer) -> None:
     expected = given.u.astype(F64) + answer(normed(given)).reshape(given.u.shape)
     agree(run_experts(given).reshape(given.u.shape), expected)
+
+
+def check_who_comes_next() -> None:
+    """While one expert is at work, the gate of the next is fetched, and no other's."""
+    given = layer(dataclasses.replace(SMALL, hidden_size=8), 1, 3)
+    gates, wide = given.params["experts.gate_proj.weight"], normed(given)
+    scores = 1 / (1 + np.exp(-(wide.u[0] @ wide.params["gate.weight"].T)))
+    chosen = moe.choose(scores + wide.params[BIAS], given.config).ravel().tolist()
+    with fetching() as places:
+        run_experts(given)
+    whose = [(place - gates.ctypes.data) // gates[0].nbytes for place in places]
+    whose = [e for e in whose if 0 <= e < len(gates)]
+    lines = whose.count(chosen[1]) // chosen.count(chosen[1])
+    order = [*chosen, chosen[-1]]  # the first one's while the shared expert is at work
+    assert lines and whose == [e for e in order for _ in range(lines)]
+
+
+def test_who_comes_next_is_fetched(monkeypatch) -> None:
+    plant_loops(monkeypatch, kernels)
+    check_who_comes_next()
 
 
 REMAINDERS = {

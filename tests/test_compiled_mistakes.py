@@ -34,6 +34,20 @@ ROWS = {
         [("h += W[o + 3, i] * w", "h += W[o + 2, i] * w")], linear),
     "a row of four taken twice, one token": (
         [("d += W[3, i]", "d += W[2, i]")], linear),
+    "what comes next is fetched beyond its end": (
+        [("min(fetched + 4 * columns * W.itemsize, ahead.size * W.itemsize)",
+          "fetched + 4 * columns * W.itemsize")], loops.check_fetched),
+    "numbers counted for bytes": (
+        [("ahead.size * W.itemsize", "ahead.size")], loops.check_fetched),
+    "its beginning is fetched again and again": (
+        [("        fetched = until\n", "")], loops.check_fetched),
+    "every second line is fetched": (
+        [("until, LINE)", "until, 2 * LINE)")], loops.check_fetched),
+    "the matrix at work is fetched": (
+        [("_fetch(ahead.ctypes", "_fetch(W.ctypes")], loops.check_fetched),
+    "what comes next is a row of the sum": (
+        [("_fetch(ahead.ctypes.data + place)", "y[0, 0] += ahead.ravel()[place // 8]")],
+        loops.check_ahead),
     "the sum of squares for their mean": (
         [("x[n]) / D + eps", "x[n]) + eps")], loops.check_norm),
     "eps behind the root": (
@@ -47,12 +61,12 @@ ROWS = {
     "silu of the other sign": ([("np.exp(-a[n, i])", "np.exp(a[n, i])")],
                                loops.check_dense),
     "silu of the other half": (
-        [("linear(u, W_gate, a, False)\n    linear(u, W_up, b, False)",
-          "linear(u, W_gate, b, False)\n    linear(u, W_up, a, False)")],
+        [("linear(u, W_gate, a", "linear(u, W_gate, b"),
+          ("linear(u, W_up, b", "linear(u, W_up, a")],
         loops.check_dense),
-    "the stream is overwritten": ([("linear(a, W_down, y, True)",
-                                    "linear(a, W_down, y, False)")],
-                                  loops.check_dense),
+    "the stream is overwritten": (
+        [("linear(a, W_down, y, True", "linear(a, W_down, y, False")],
+        loops.check_dense),
     "turned the other way": (
         [("even * angles[0, j] - odd", "even * angles[0, j] + odd"),
          ("= even * angles[1, j] + odd", "= -even * angles[1, j] + odd")],
@@ -67,6 +81,7 @@ ROWS = {
 
 direct = partial(loops.check_project, test_mla.CONFIGS["no latent of the queries"])
 stretched = partial(loops.check_project, test_mla.YARN)
+layer = partial(loops.check_attention, test_mla.YARN)
 ATTENTION = {
     "no norm on the queries' latent": (
         [("        rmsnorm(c_Q, g_Q, latent_eps, c_Q)\n", "")], loops.check_project),
@@ -113,19 +128,61 @@ ATTENTION = {
     "the largest is not taken off": ([("row[s] -= largest", "row[s] -= 0")],
                                      loops.check_shift),
     "the largest is 0 at least": (
-        [("largest = row[0]", "largest = row.dtype.type(0)")], loops.check_shift),
+        [("lanes[:] = row[0]", "lanes[:] = 0")], loops.check_shift),
     "the largest of all, hidden ones too": (
-        [("for s in range(seen):\n                    largest",
-          "for s in range(S):\n                    largest")], loops.check_shift),
+        [("seen - seen % 16, seen):", "seen - seen % 16, S):")], loops.check_shift),
     "what is hidden weighs 1": ([("row[seen:] = -np.inf", "row[seen:] = 0")],
                                 loops.check_shift),
-    "weights do not sum to 1": ([("latents[n, h]) / total", "latents[n, h])")],
+    "the last of sixteen lanes left out": (
+        [("for i in range(16)", "for i in range(15)")], loops.check_the_largest),
+    "lanes keep the last row's largest": (
+        [("                lanes[:] = row[0]\n", ""),
+         ("np.empty(16, scores.dtype)", "np.full(16, -np.inf)")],
+        loops.check_the_largest),
+    "scores behind the last sixteen left out": (
+        [("range(seen - seen % 16, seen)", "range(seen, seen)")],
+        loops.check_the_largest),
+    "only the scores behind the last sixteen": (
+        [("range(0, seen - 15, 16)", "range(0)")], loops.check_the_largest),
+    "a token does not see itself, short": (
+        [("starts[n // T] + n % T + 1", "max(starts[n // T] + n % T, 1)")],
+        loops.check_attend),
+    "a token sees the next, short": (
+        [("starts[n // T] + n % T + 1", "starts[n // T] + n % T + 2")],
+        loops.check_attend),
+    "each text as long as the first, short": (
+        [("starts[n // T] +", "starts[0] +")], loops.check_attend),
+    "every token sees what the last sees, short": (
+        [("starts[n // T] + n % T + 1", "starts[n // T] + T")], loops.check_attend),
+    "the first text's cache for all": (
+        [("cache[n // T], starts", "cache[0], starts")], loops.check_attend),
+    "keys behind the last four weigh as a score of 0": (
+        [("weights[s] = dot(kept[s], q[n, h])", "weights[s] = 0")], loops.check_attend),
+    "the largest is not taken off, short": (
+        [("np.exp(weights[s] - largest)", "np.exp(weights[s])")], loops.check_attend),
+    "the last weight is not summed": (
+        [("weights.sum()", "weights[:-1].sum()")], loops.check_attend),
+    "one head's query for all": (
+        [("[s : s + 4], q[n, h])", "[s : s + 4], q[n, 0])")], loops.check_attend),
+    "latents behind the last four left out": (
+        [("range(S - S % 4, S)", "range(S, S)")], loops.check_weigh),
+    "a latent of four taken twice": (
+        [("d * kept[s + 3, j]", "d * kept[s + 2, j]")], loops.check_weigh),
+    "latents keep what memory held": ([("    latent[:] = 0\n", "")], loops.check_weigh),
+    "the past of a text is left out": (
+        [("q, starts, cache, sums, latents)\n    output(x, sums",
+          "q, 0 * starts, cache, sums, latents)\n    output(x, sums")], layer),
+    "the long way's scale twice": (
+        [("    attend(q, starts", "    q *= scale\n    attend(q, starts")], layer),
+    "attention is computed and not added": (
+        [("    output(x, sums,", "    output(x.copy(), sums,")], layer),
+    "weights do not sum to 1": ([("latents[n, h]) / sums[n, h]", "latents[n, h])")],
                                 loops.check_output),
-    "one sum for all heads": ([("weights[n, h].sum()", "weights[n, 0].sum()")],
+    "one sum for all heads": ([("/ sums[n, h]", "/ sums[n, 0]")],
                               loops.check_output),
     "keys for values": ([("W[h, d_h + v]", "W[h, v]")], loops.check_output),
     "the stream begins with attention": (
-        [("linear(o, W_O, x, True)", "linear(o, W_O, x, False)")],
+        [("linear(o, W_O, x, True", "linear(o, W_O, x, False")],
         loops.check_output),
 }  # fmt: skip
 
@@ -140,15 +197,22 @@ def routes() -> None:
 
 EXPERTS = {
     "gates are not heard": (
-        [("gates[k], x[row])", "x.dtype.type(1), x[row])")], experts),
+        [("gates[pair], x[row]", "x.dtype.type(1), x[row]")], experts),
     "no shared expert": ([("if S_gate.size:", "if False:")], experts),
     "the router reads the stream": (
-        [("linear(u, W, s, False)", "linear(x, W, s, False)")], experts),
+        [("linear(u, W, s, False", "linear(x, W, s, False")], experts),
     "experts read what the others have added": (
         [("swiglu(u[row], W_gate[e]", "swiglu(x[row], W_gate[e]")], experts),
     "the shared expert reads what the others have added": (
         [("swiglu(u, S_gate", "swiglu(x, S_gate")], experts),
-    "the same expert for all": ([("e = chosen[k]", "e = chosen[0]")], experts),
+    "the same expert for all": (
+        [("e, row = chosen[pair]", "e, row = chosen[0]")], experts),
+    "an expert's own gate is fetched again": (
+        [("chosen[min(pair + 1, N * K - 1)]", "chosen[pair]")],
+        loops.check_who_comes_next),
+    "the first expert is not fetched": (
+        [("x.dtype.type(1), x, W_gate[chosen[0]])",
+          "x.dtype.type(1), x, W_gate[0, :0])")], loops.check_who_comes_next),
     "gates of s + b": (
         [("        total += s[chosen[k]]\n",
           "        s[chosen[k]] += bias[chosen[k]]\n"
@@ -244,10 +308,10 @@ COMPILED = {
     "the module's cache of the first texts": (
         [("self.module_kept[texts]", "self.module_kept[: len(texts)]")], session),
     "no temperature of YaRN": (
-        [("d_h, softmax_scale(c),", "d_h, c.qk_head_dim**-0.5,")],
+        [("head_dim, softmax_scale(c),", "head_dim, c.qk_head_dim**-0.5,")],
         partial(session, config=test_mla.YARN)),
     "rms_norm_eps for the latents": (
-        [("LATENT_EPS, *block.project", "c.rms_norm_eps, *block.project")],
+        [("eps, LATENT_EPS)", "eps, c.rms_norm_eps)")],
         partial(session, config=MODELS["an eps that is felt"])),
     "LATENT_EPS for the stream": (
         [("softmax_scale(c), c.rms_norm_eps", "softmax_scale(c), LATENT_EPS")],
@@ -255,9 +319,32 @@ COMPILED = {
     "the rotated key for a part of the value": (
         [("seen[..., :d_c]", "seen[..., -d_c:]")], session),
     "as much past as the shortest text has": (
-        [("S = c.num_attention_heads, kept.shape[-1], starts.max() + N // B",
-          "S = c.num_attention_heads, kept.shape[-1], starts.min() + N // B")],
-        session),
+        [("starts.max() + N // B", "starts.min() + N // B")], session),
+    "the shortest text decides what is short": (
+        [("seen = self.lengths.max() + T", "seen = self.lengths.min() + T")],
+        sessions.check_border),
+    "the border is long": (
+        [("seen <= SHORT", "seen < SHORT")], sessions.check_border),
+    "one head's scores decide": (
+        [("len(x) * self.config.num_attention_heads * seen", "len(x) * seen")],
+        sessions.check_border),
+    "one text's scores decide": (
+        [("short = len(x) *", "short = T *")], sessions.check_border),
+    "as much past as the shortest text has, long": (
+        [("starts.max() + N // B", "starts.min() + N // B")], sessions.check_long),
+    "every layer's output by the first": (
+        [("kernels.output(x, sums, latents, *block.output)",
+          "kernels.output(x, sums, latents, *self.decoder.blocks[0].output)")],
+        sessions.check_long),
+    "the first pair asks, not the last": (
+        [("x, q[last], kept", "x, q[:: len(q) // B], kept")], sessions.check_rejected),
+    "the last pair sees what its text had": (
+        [("kept, self.lengths - 1)", "kept, starts)")], sessions.check_rejected),
+    "the last pair sees the next place": (
+        [("kept, self.lengths - 1)", "kept, self.lengths)")], session),
+    "the last pair is attended to and no more": (
+        [("        block.feed(x, *block.feed_weights)\n        return",
+          "        return")], session),
     "angles count from 1": (
         [("np.arange(capacity)[:, None]", "np.arange(1, capacity + 1)[:, None]")],
         session),
@@ -285,7 +372,7 @@ COMPILED = {
     "gates sum to 1": (
         [("float(c.routed_scaling_factor)", "1.0")], session),
     "the trunk's norm for the module": (
-        [('norm = module["shared_head.norm.weight"]', "norm = self.norm")], session),
+        [("self.decoder.module_norm", "self.norm")], session),
 }  # fmt: skip
 
 PREFILL = {

@@ -14,9 +14,11 @@ import mla_experiment as experiment  # noqa: E402
 import rows  # noqa: E402
 
 from minidsv3 import parameters  # noqa: E402
-from minidsv3.config import V3  # noqa: E402
+from minidsv3.config import MINI, V3  # noqa: E402
+from minidsv3.mla import numpy_ref as mla  # noqa: E402
 from minidsv3.model import numpy_ref as model  # noqa: E402
 from minidsv3.primitives import numpy_ref as primitives  # noqa: E402
+from tests import test_mla  # noqa: E402
 
 TABLES = ("mla_quality", "mla_yarn")
 
@@ -111,6 +113,29 @@ def test_where_the_forms_of_v3_cross(N: int, chunk: float) -> None:
     below = experiment.multiplications(V3, S - 3, N)
     above = experiment.multiplications(V3, S + 3, N)
     assert below["absorbed"] < below["naive"] and above["absorbed"] > above["naive"]
+
+
+def check_crossover(names=tuple(test_mla.CONFIGS)) -> None:
+    """What decoding goes by: the number of the chapter, for a past without end."""
+    for config in (V3, MINI, *(test_mla.CONFIGS[name] for name in names)):
+        ours, N = mla.crossover(config), 10**8
+        if ours == np.inf:  # no chunk is too long for the absorbed form
+            chunks = {"absorbed": (1, 100, N // 2, N)}
+        else:
+            assert ours == pytest.approx(experiment.crossover(config, N), rel=1e-4)
+            few, many = int(0.99 * ours), int(1.01 * ours) + 1
+            chunks = {"absorbed": range(1, few + 1), "naive": (many, 2 * many, N)}
+        for cheaper, lengths in chunks.items():
+            for S in lengths:
+                counts = experiment.multiplications(config, S, N)
+                less = min(counts["absorbed"], counts["naive"])
+                assert counts[cheaper] == less, (config, S)
+
+
+def test_where_the_forms_cross_for_a_long_past() -> None:
+    check_crossover()
+    assert mla.crossover(V3) == pytest.approx(170.67, abs=0.01)
+    assert mla.crossover(MINI) == np.inf
 
 
 def test_the_temperature_is_the_only_difference() -> None:

@@ -7,7 +7,8 @@ the single loops.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -43,7 +44,7 @@ from tests.oracles import relative_error
 from tests.planting import plant_loops
 from tests.shapes import checked_shapes, unannotated
 from tests.test_moe_model import fresh
-from tests.test_torch_model import DENSE
+from tests.test_torch_model import CROSSING, DENSE
 from tests.test_whole_model import MODELS, as_float32, closest_call
 from tests.torch_ports import port
 
@@ -226,6 +227,68 @@ def test_two_modules_draft_with_the_first() -> None:
     config = dataclasses.replace(TINY, num_nextn_predict_layers=2)
     for make in DECODERS.values():
         check_session(make, config)
+
+
+@contextmanager
+def short(scores: float) -> Iterator[list[int]]:
+    """Another border for the compiled decoder's loops; rows of their calls."""
+    calls: list[int] = []
+    right = cpu_kernels.attention
+
+    def noting(x: np.ndarray, *more: object) -> None:
+        calls.append(len(x))
+        right(x, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compiled._Session.step.__globals__, "SHORT", scores)
+        patch.setattr(cpu_kernels, "attention", noting)
+        yield calls
+
+
+def check_long(config: Config = TINY) -> None:
+    """Attention by the library from the first step on, and from the middle on."""
+    for scores in (0, 24 * config.num_attention_heads):
+        with short(scores) as calls:
+            check_session(CompiledDecoder, config)
+        assert bool(calls) == bool(scores)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_sessions_with_a_long_past(config: Config) -> None:
+    check_long(config)
+
+
+def check_border() -> None:
+    """As many scores as SHORT: loops. One more: the library. No logit tells which."""
+    params, L = fresh(TINY), TINY.num_hidden_layers
+    for lengths, T in (((5,), 1), ((5, 3), 1), ((2, 5, 1), 3)):
+        B = len(lengths)
+        scores = B * T * TINY.num_attention_heads * (max(lengths) + T)
+        answers = []
+        for border in (scores, scores - 1):
+            script = Script(CompiledDecoder, params, TINY, lengths)
+            with short(border) as calls:
+                answers.append(script.session.step(np.arange(B * T).reshape(B, T)))
+            assert calls == ([B * T] * L if border == scores else [])
+        agree(*answers, SAME)
+
+
+def test_loops_and_library_meet() -> None:
+    check_border()
+
+
+def check_crossing(make: Callable = read_by_torch, chunks=(12, 13, 14, 20)) -> None:
+    """Prompts in chunks shorter and longer than where the forms cost the same: 13.2."""
+    for chunk in chunks:
+        script = Script(make, fresh(CROSSING), CROSSING, (41, 27, 14), chunk)
+        script.draft()
+        script.step(2)
+        script.draft()
+
+
+@pytest.mark.parametrize("make", [read_by_torch, of_modules])
+def test_prompts_in_chunks_about_the_crossover(make: Callable) -> None:
+    check_crossing(make)
 
 
 def check_chunks(make: Callable = CompiledDecoder, chunks=range(1, 8)) -> None:
@@ -600,6 +663,8 @@ def check_shapes(monkeypatch) -> None:
             for make in DECODERS.values():
                 check_session(make, config)
         generate((fresh(TINY), TINY), [[1, 2, 3], [4]], 6)
+        with short(0):
+            check_session(CompiledDecoder, TINY)
     missed = {(s.file, s.first) for s in report.unexercised}
     assert not missed and len(report.exercised) > 20
 

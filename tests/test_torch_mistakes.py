@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from minidsv3.config import TINY
+from minidsv3.mla import numpy_ref as mla_numpy
 from minidsv3.mla import torch_port as mla
 from minidsv3.model import torch_port as model
 from minidsv3.moe import torch_port as moe
@@ -17,6 +18,7 @@ from minidsv3.primitives import attention_torch_port as att
 from minidsv3.primitives import torch_port as primitives
 from minidsv3.training import command, held_out, processor, run_folder
 from minidsv3.training import torch_port as training
+from tests import test_mla_experiment as experiment
 from tests import test_moe
 from tests import test_torch_model as whole
 from tests import test_torch_ports as ports
@@ -65,17 +67,50 @@ ATTENTION = {
     "no scale in the chunks": (
         att, [("alpha=scale)", "alpha=1.0)")], ports.check_chunks),
     "a query does not see itself": (
-        att, [(".triu(start + 1)", ".triu(start)")], ports.check_chunks),
+        att, [("- T + start + 1)", "- T + start)")], ports.check_chunks),
     "a query sees the next key": (
-        att, [(".triu(start + 1)", ".triu(start + 2)")], ports.check_chunks),
+        att, [("- T + start + 1)", "- T + start + 2)")], ports.check_chunks),
     "each chunk masked as the first": (
-        att, [(".triu(start + 1)", ".triu(1)")], ports.check_chunks),
+        att, [("- T + start + 1)", "- T + 1)")], ports.check_chunks),
     "a chunk sees its own keys only": (
         att, [("k[:, :end].mT, alpha",
                "(k[:, :end] * (torch.arange(end) >= start)[:, None]).mT, alpha")],
         ports.check_chunks),
     "the mask of a cached chunk from the left": (
-        att, [(".tril(S - T)", ".tril()")], cached_plain),
+        att, [(".triu(S - T + start + 1)", ".triu(start + 1)")], cached_plain),
+    "the mask of a cached chunk from the left, on other devices": (
+        att, [ports.ELSEWHERE, (".tril(S - T)", ".tril()")], cached_plain),
+    "keys of the past left out": (
+        att, [("end = S - T + start", "end = start")], ports.check_later_chunks),
+    "keys of the past left out, where a chunk is not the last": (
+        att, [("        mask = q.new_full(",
+               "        new = (torch.arange(S) >= S - T)[:, None]\n"
+               "        k = k if end == S else k * new\n"
+               "        mask = q.new_full(")], ports.check_later_chunks),
+    "the last chunk as long as the others": (
+        att, [("end = S - T + start + now.shape[2]",
+               "end = min(S - T + start + CHUNK, S - 1 + (T < CHUNK))")],
+        ports.check_later_chunks),
+    "a mask for each query in turn": (
+        att, [("mask.repeat(now.shape[1], 1)",
+               "mask.repeat_interleave(now.shape[1], 0)")], ports.check_later_chunks),
+    "key heads in turn, in chunks": (
+        att, [("q.unflatten(1, (N_kv, -1))",
+               "q.unflatten(1, (-1, N_kv)).transpose(1, 2)"),
+              ("o.unflatten(0, (B, N_kv)).flatten",
+               "o.unflatten(0, (B, N_kv)).transpose(1, 2).flatten")],
+        ports.check_later_chunks),
+    "heads of the groups exchanged": (
+        att, [("o.unflatten(0, (B, N_kv)).flatten",
+               "o.unflatten(0, (B, N_kv)).transpose(1, 2).flatten")],
+        ports.check_later_chunks),
+    "texts and key heads exchanged": (
+        att, [("o.unflatten(0, (B, N_kv))",
+               "o.unflatten(0, (N_kv, B)).transpose(0, 1)")],
+        ports.check_later_chunks),
+    "keys learn half": (
+        att, [("1, 2), k[", "1, 2), (k / 2 + k.detach() / 2)[")],
+        ports.check_later_chunks),
     "what is visible is not heard": (
         att, [("    plain = visible is None\n", "    visible, plain = None, True\n")],
         ports.check_visible),
@@ -86,17 +121,30 @@ ATTENTION = {
         att, [("torch.from_numpy(visible)", "torch.from_numpy(visible[:1])")],
         ports.check_visible),
     "a square is causal whatever is visible": (
-        att, [("T == S > 1 and not grouped and plain:", "T == S > 1 and not grouped:")],
+        att, [("T > 1 and plain:", "T > 1:")],
         ports.check_square_visible),
     "the first text's positions for all": (
         primitives, [("angles = angles[:, None]", "angles = angles[:1, None]")],
         ports.check_rows_of_positions),
-    "no mask in a cached chunk": (att, [("if 1 < T < S:", "if False:")], cached_plain),
+    "no mask in a cached chunk": (
+        att, [("alpha=scale)", "alpha=scale, beta=float(T == S))")], cached_plain),
+    "no mask in a cached chunk, on other devices": (
+        att, [ports.ELSEWHERE, ("if 1 < T < S:", "if False:")], cached_plain),
+    "no mask in a square, on other devices": (
+        att, [ports.ELSEWHERE, ("is_causal=plain and 1 < T == S", "is_causal=False")],
+        cached_plain),
+    "keys remembered without position": (
+        att, [("_appended(cache, *self.keys(x, rotation))",
+               "_appended(cache, *self.keys(x, rotation[:, :1] * 0 + 1))")],
+        ports.check_remembering_plain),
+    "plain attention answers where it should remember": (
+        att, [("        _appended(cache, *self.keys(x, rotation))\n",
+               "        self(x, rotation, cache)\n")], ports.check_remembering_plain),
     "key heads in turn": (
         att, [("    mask = None\n",
                "    mask = None\n"
                "    k, v = (z.repeat(1, q.shape[1] // z.shape[1], 1, 1) "
-               "for z in (k, v))\n")], ports.check_plain_attention),
+               "for z in (k, v))\n")], cached_plain),
     "keys without position": (
         att, [("k = rotate(heads(self.k_proj(x), self.N_kv), rotation)",
                "k = heads(self.k_proj(x), self.N_kv)")], ports.check_plain_attention),
@@ -108,6 +156,28 @@ ATTENTION = {
 
 absorbed = partial(ports.check_mla, form="absorbed")
 LATENTS = {
+    "the crossover of one head's key": (
+        mla_numpy, [("(c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank",
+                     "c.qk_nope_head_dim * c.kv_lora_rank")],
+        experiment.check_crossover),
+    "a crossover that the rotated part moves": (
+        mla_numpy, [("dearer = 2 * c.kv_lora_rank -",
+                     "dearer = c.qk_rope_head_dim + 2 * c.kv_lora_rank -")],
+        experiment.check_crossover),
+    "a crossover below zero": (
+        mla_numpy, [("if dearer > 0 else", "if dearer else")],
+        experiment.check_crossover),
+    "remembered before the norm": (
+        mla, [("cache.extend(self.latents(x, rotation))",
+               "a, k_R = self.kv_a_proj_with_mqa(x).split("
+               "[self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)\n"
+               "        k_R = rotate(k_R[:, None], rotation)[:, 0]\n"
+               "        0 * self.kv_a_layernorm(a)\n"
+               "        cache.extend(torch.cat([a, k_R], -1))")],
+        ports.check_remembering_mla),
+    "MLA answers where it should remember": (
+        mla, [("        cache.extend(self.latents(x, rotation))\n",
+               "        self(x, rotation, cache)\n")], ports.check_remembering_mla),
     "the latent's norm with rms_norm_eps": (
         mla, [("RMSNorm(d_c, LATENT_EPS)", "RMSNorm(d_c, config.rms_norm_eps)")],
         ports.check_latent_eps),
@@ -383,10 +453,28 @@ WHOLE = {
         model, [("common_length(caches, L)", "caches[0].length if caches else 0")],
         whole.check_bad_caches),
     "the prompt in the absorbed form": (  # right, and slower
-        model, [("            and cache.length\n", "")],
+        model, [("cache.length > 0 and few", "few")], whole.check_the_choice_of_form),
+    "long chunks in the absorbed form": (
+        model, [("cache.length > 0 and few", "cache.length > 0")],
         whole.check_the_choice_of_form),
+    "few are those that are many": (
+        model, [("[1] < attention.crossover", "[1] > attention.crossover")],
+        whole.check_the_choice_of_form),
+    "a stream is remembered before its norm": (
+        model, [("self.self_attn.remember(self.input_layernorm(x), rotation",
+                 "self.self_attn.remember(x + 0 * self.input_layernorm(x), rotation")],
+        ports.check_remembering_block),
+    "pairs are remembered that the entrance has not joined": (
+        model, [("remember(module.entrance(h, e), rotation", "remember(h, rotation")],
+        whole.check_silent_drafts),
+    "without answer nothing is remembered": (
+        model, [("            module.block.remember(module.entrance(h, e), rotation, "
+                 "cache)\n", "")], whole.check_silent_drafts),
+    "an answer all the same": (
+        model, [("        if not answer:", "        if False:")],
+        whole.check_silent_drafts),
     "the future is seen": (
-        att, [(".triu(start + 1)", ".triu(start + 2)")], whole.check_causality),
+        att, [("- T + start + 1)", "- T + start + 2)")], whole.check_causality),
     "a copied module asks the first one's block": (
         mtp, [('object.__setattr__(self, "block", block)',
                'object.__setattr__(self, "block", lambda *a: block(*a))')],

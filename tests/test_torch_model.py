@@ -38,6 +38,7 @@ from tests.test_mtp import MTP
 from tests.test_primitives import compositions, normal
 from tests.test_training import same
 from tests.test_whole_model import (
+    MODELS,
     RECIPE,
     SPLITS,
     a_few_models,
@@ -62,6 +63,7 @@ DENSE = {
     "MLA": test_mla.BASE,
     **{f"{D} modules": MTP[D] for D in (1, 2, 3)},
 }
+CROSSING = MODELS["odd sizes"]  # of TINY's kind; its two forms cost the same early
 
 
 # --- losses and gradients -------------------------------------------------------------
@@ -211,7 +213,7 @@ def test_plain_attention_does_not_see_the_future() -> None:
 
 @torch.no_grad()
 def check_cached(config: Config = TINY, splits=SPLITS) -> None:
-    """Whatever the pieces: naive for the first, absorbed for the others."""
+    """Whatever the pieces: naive for the first, then what multiplies less."""
     T = sum(splits[0])
     model, tokens = port(fresh(config), config), torch.tensor(ids(2, T, config=config))
     full = model(tokens)
@@ -238,8 +240,10 @@ def test_every_split_of_a_short_text(config: Config) -> None:
 
 @torch.no_grad()
 def check_the_choice_of_form() -> None:
-    """Naive for a prompt, absorbed for what continues it."""
-    model, tokens = port(fresh(TINY), TINY), torch.tensor(ids(1, 5, config=TINY))
+    """Naive for a prompt; for what continues it absorbed, unless it is long."""
+    pieces = [3, 1, 14, 13, 1]  # the forms cross at 13.2
+    tokens = torch.tensor(ids(1, sum(pieces), config=CROSSING))
+    model = port(fresh(CROSSING), CROSSING)
     forms, attention = [], model.model.layers[1].self_attn
 
     def noting(name: str) -> Callable:
@@ -249,14 +253,52 @@ def check_the_choice_of_form() -> None:
     for name in ("attend_naive", "attend_absorbed"):
         setattr(attention, name, noting(name))
     model(tokens)
-    caches = model.new_caches(5)
-    for piece in tokens.split([3, 1, 1], dim=1):
+    caches = model.new_caches(sum(pieces))
+    for piece in tokens.split(pieces, dim=1):
         model(piece, caches)
-    assert forms == ["attend_naive"] * 2 + ["attend_absorbed"] * 2
+    naive, absorbed = ("attend_naive",), ("attend_absorbed",)
+    assert forms == [*2 * naive, *absorbed, *naive, *2 * absorbed]
 
 
 def test_the_block_chooses_the_form() -> None:
     check_the_choice_of_form()
+
+
+def test_chunks_on_both_sides_of_the_crossover() -> None:
+    """13.2 tokens, and never."""
+    splits = ([14, 13, 14], [20, 21], [13, 1, 27], [1, 40], [39, 2])
+    check_cached(CROSSING, splits)
+    check_cached(dataclasses.replace(CROSSING, v_head_dim=17), splits)
+
+
+@torch.no_grad()
+def check_silent_drafts(config: Config = TINY) -> None:
+    """Without answer: the same cache, bit for bit, and the same draft afterwards."""
+    model, tokens = port(fresh(config), config), torch.tensor(ids(2, 9, config=config))
+    h, _ = model.hidden_states(tokens[:, :-1])
+    loud, quiet = RaggedCache(9), RaggedCache(9)
+    for start, end, lengths in ((0, 3, None), (3, 4, None), (4, 6, (2, 4))):
+        if lengths:
+            for cache in (loud, quiet):
+                cache.settle(np.array(lengths))
+        pairs = h[:, start:end], tokens[:, start + 1 : end + 1]
+        assert model.draft_states(*pairs, loud).shape == pairs[0].shape
+        assert model.draft_states(*pairs, quiet, answer=False) is None
+        assert len(quiet.arrays) == len(loud.arrays)
+        for ours, expected in zip(quiet.arrays, loud.arrays, strict=True):
+            assert torch.equal(ours, expected)
+    pair = h[:, 6:7], tokens[:, 7:8]
+    answers = [model.draft_states(*pair, cache) for cache in (loud, quiet)]
+    assert torch.equal(*answers)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model.draft_states(pair[0], pair[1] - 999, quiet, answer=False)
+    with pytest.raises(ValueError, match="must have one shape"):
+        model.draft_states(h[:, 5:7], pair[1], quiet, answer=False)
+
+
+@pytest.mark.parametrize("config", [TINY, CROSSING, DENSE["1 modules"]])
+def test_pairs_that_are_only_remembered(config: Config) -> None:
+    check_silent_drafts(config)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ model, `test_torch_training` the loop.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,9 +26,10 @@ from minidsv3.moe import torch_port as moe
 from minidsv3.mtp.torch_port import MTPModule
 from minidsv3.primitives import attention_torch_port as att
 from minidsv3.primitives import torch_port as primitives
-from minidsv3.primitives.cache import Cache
+from minidsv3.primitives.cache import Cache, RaggedCache
 from tests import test_mla, test_moe
 from tests.oracles import check_pair, relative_error
+from tests.planting import plant
 from tests.test_mla import each_config, each_form
 from tests.test_moe import BROAD, GRADIENTS, LAYERS, ONE, Layer, layer, naive_choice
 from tests.test_mtp import MODULE_KEYS, MTP, module_of, torch_module
@@ -35,6 +37,7 @@ from tests.test_primitives import (
     CORES,
     HEADS,
     compositions,
+    naive_attention,
     normal,
     plain_attention,
     rope_by_hand,
@@ -167,10 +170,66 @@ def check_chunks() -> None:
     """Around a chunk's end: its last query must read up to itself, and no further."""
     for T in (2, att.CHUNK - 1, att.CHUNK, att.CHUNK + 1, 2 * att.CHUNK + 3):
         check_core((2, T, T, 1, 1, 3, 2))
+    check_core((1, att.CHUNK + 1, att.CHUNK + 4, 2, 1, 2, 3))
 
 
 def test_attention_in_chunks() -> None:
     check_chunks()
+
+
+@contextmanager
+def chunks_of(n: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(att.attention_in_chunks.__globals__, "CHUNK", n)
+        yield
+
+
+PASTS = [(T, S) for T in (1, 2, 3, 4, 7, 8) for S in (T, T + 1, T + 3, T + 9)]
+
+
+def check_later_chunks(groups=(4, 2, 1)) -> None:
+    """T of S positions, in chunks that T fills or not, with keys for several heads."""
+    with chunks_of(3):
+        for N_kv in groups:
+            for T, S in PASTS:
+                check_core((2, T, S, 4, N_kv, 3, 2))
+                q, k = normal(2, T, 4, 3), normal(2, S, N_kv, 3)
+                v = normal(2, S, N_kv, 2, seed=1)
+                given = (torch.tensor(a).transpose(1, 2) for a in (q, k, v))
+                o = att.attention_in_chunks(*given, 0.7).transpose(1, 2)
+                expected = naive_attention(q, k, v, 0.7)
+                assert relative_error(o.numpy(), expected) <= SAME, (N_kv, T, S)
+
+
+def test_later_chunks_and_keys_for_several_heads() -> None:
+    check_later_chunks()
+
+
+@pytest.mark.parametrize("N_kv", [4, 2, 1])
+@pytest.mark.parametrize(("T", "S"), [(5, 5), (4, 7)])
+def test_gradients_in_chunks_by_differences(N_kv: int, T: int, S: int) -> None:
+    q, k, v = (
+        torch.tensor(normal(*shape), requires_grad=True)
+        for shape in ((1, 4, T, 2), (1, N_kv, S, 2), (1, N_kv, S, 3))
+    )
+    with chunks_of(2):
+        attend = lambda *given: att.attention_in_chunks(*given, 0.7)  # noqa: E731
+        assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+ELSEWHERE = ('q.device.type == "cpu"', 'q.device.type == "none"')
+
+
+def test_what_other_devices_run(monkeypatch) -> None:
+    """Torch's own function, with the same answers: computed on the processor here."""
+    plant(monkeypatch, att, ELSEWHERE)
+    for shape in CORES:
+        check_core(shape)
+    for heads in HEADS:
+        test_cached_plain_attention_for_every_chunking(heads)
+    for T, S in PASTS[:12]:
+        check_core((2, T, S, 4, 2, 3, 2))
+    check_square_visible()
 
 
 def check_visible(N_kv: int = 2) -> None:
@@ -308,6 +367,70 @@ def check_cached_mla(config: Config = test_mla.BASE, form: str = "absorbed") -> 
 @each_config
 def test_cached_mla_for_every_chunking(config: Config, form: str) -> None:
     check_cached_mla(config, form)
+
+
+@torch.no_grad()
+def check_remembered(module, config: Config, width: int, asked: set[str]) -> None:
+    """What a whole pass leaves in the cache, bit for bit, by these submodules alone."""
+    x, called = torch.tensor(normal(2, 9, width)), []
+    whole, quiet = RaggedCache(9), RaggedCache(9)
+    hooks = [
+        part.register_forward_hook(lambda *a, name=name: called.append(name))
+        for name, part in module.named_modules()
+        if name
+    ]
+    for n, now in enumerate((slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 8))):
+        if n == 3:  # texts of different lengths
+            for cache in (whole, quiet):
+                cache.settle(np.array([5, 2]))
+        turn = rotation_for(config, whole.positions(now.stop - now.start))
+        answer = module(x[:, now], turn, whole)
+        assert torch.is_tensor(answer if not isinstance(answer, tuple) else answer[0])
+        called.clear()
+        assert module.remember(x[:, now], turn, quiet) is None
+        assert set(called) == asked
+        assert quiet.length == whole.length
+        for ours, expected in zip(quiet.arrays, whole.arrays, strict=True):
+            assert torch.equal(ours, expected)
+    for hook in hooks:
+        hook.remove()
+
+
+def check_remembering_plain(heads: tuple = (4, 2)) -> None:
+    config, weights = plain_attention(*heads)
+    module = filled(att.PlainAttention(config), weights)
+    check_remembered(module, config, 5, {"k_proj", "v_proj"})
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_plain_attention_remembers_without_an_answer(heads: tuple) -> None:
+    check_remembering_plain(heads)
+
+
+def check_remembering_mla(config: Config = test_mla.BASE) -> None:
+    asked = {"kv_a_proj_with_mqa", "kv_a_layernorm"}
+    check_remembered(latent_attention(config), config, config.hidden_size, asked)
+
+
+@each_config
+def test_mla_remembers_without_an_answer(config: Config) -> None:
+    check_remembering_mla(config)
+
+
+def check_remembering_block(config: Config = test_mla.BASE) -> None:
+    block = Block(config, sparse=False).double()
+    for n, weight in enumerate(block.parameters()):
+        weight.data = torch.tensor(normal(*weight.shape, seed=n)) / 2
+    kept = ("kv_a_proj_with_mqa", "kv_a_layernorm")
+    if not config.uses_mla:
+        kept = ("k_proj", "v_proj")
+    asked = {"input_layernorm", *(f"self_attn.{name}" for name in kept)}
+    check_remembered(block, config, config.hidden_size, asked)
+
+
+def test_a_block_remembers_without_an_answer() -> None:
+    check_remembering_block()
+    check_remembering_block(plain_attention(4, 2)[0])
 
 
 @torch.no_grad()

@@ -250,8 +250,9 @@ class _Session(PrefilledSession):
         weights = q.reshape(B, -1, w) @ seen.swapaxes(1, 2)  # (B, T*N_h, S)
         kernels.shift(weights.reshape(B, -1, N_h, seen.shape[1]), starts)
         np.exp(weights, out=weights)
-        latents = (weights @ seen[..., :d_c]).reshape(N, N_h, d_c)
-        sums = weights.sum(axis=-1).reshape(N, N_h)
+        latents = weights @ seen[..., :d_c]  # (B, T*N_h, d_c)
+        latents = latents.reshape(N, N_h, d_c)  # (N, N_h, d_c)
+        sums = weights.sum(axis=-1).reshape(N, N_h)  # (N, N_h)
         kernels.output(x, sums, latents, *block.output)
 
     def _logits(self, x: Array, norm: Array, h: Array) -> Array:
