@@ -220,7 +220,8 @@ EXPERTS = {
     "the bias is not heard": ([("s[e] + bias[e]", "s[e]")], routes),
     "gates sum to 1": ([("s.dtype.type(factor) * (", "(")], routes),
     "gates are not shares": ([("(s[chosen[k]] / total)", "s[chosen[k]]")], routes),
-    "ties go to the last": ([("a[i] > a[best]", "a[i] >= a[best]")], routes),
+    "ties go to the last": (
+        [("choice.argmax()", "E - 1 - choice[::-1].argmax()")], routes),
     "groups by their best alone": (
         [("sums[i] = best + second", "sums[i] = best")], routes),
     "the second best is forgotten": (
@@ -486,10 +487,8 @@ def test_mistakes_of_sessions_and_caches_are_seen(mistake: str, monkeypatch) -> 
 
 
 CHOICE = {
-    "float32 is not compiled": ('in ({"float32"}, {"float64"})', 'in ({"float64"},)'),
+    "nothing is compiled": ('not find_spec("numba")', 'find_spec("numba")'),
     "the NumPy model reads for torch's": ("params, config, reader)", "params, config)"),
-    "the modules first": (
-        "if config.uses_mla and kinds", "if isinstance(model, tuple) and kinds"),
 }  # fmt: skip
 
 
@@ -501,6 +500,6 @@ def test_mistakes_of_the_choice_are_seen(mistake: str, monkeypatch) -> None:
 
 
 def test_it_is_seen_that_numba_is_not_looked_for(monkeypatch) -> None:
-    plant(monkeypatch, decoding, (' and find_spec("numba"):', ":"))
+    plant(monkeypatch, decoding, ('not find_spec("numba") or ', ""))
     with pytest.raises(SEEN):
         sessions.check_without_numba(monkeypatch)

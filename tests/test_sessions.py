@@ -437,7 +437,7 @@ def check_choice() -> None:
     half = port(as_float32(params), TINY).bfloat16()
     for model in (half, port(plain, PLAIN), port(params, TINY).to("meta")):
         decoder = decoder_for(model)
-        assert type(decoder) is ModuleDecoder and decoder.model is model
+        assert type(decoder) is ModuleDecoder and decoder.reader.model is model
     halves = {k: a.astype(ml_dtypes.bfloat16) for k, a in params.items()}
     mixed = params | {"lm_head.weight": params["lm_head.weight"].astype(np.float32)}
     slanted = {k: np.asfortranarray(a) for k, a in params.items()}

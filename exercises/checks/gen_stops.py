@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 from grader.compare import WrongForm
-from grader.spec import Case, Check, Wrong
+from grader.spec import Check, Wrong
 
-from checks.draws import rng
+from checks.cases import stop_cases
 
 
 def as_counts(function: Callable, *args: object) -> object:
@@ -22,23 +22,6 @@ def as_counts(function: Callable, *args: object) -> object:
     return counts
 
 
-def told(text: str, *stops: str) -> Case:
-    """A text whose pieces are separated by |."""
-    return raw(text.encode(), *(stop.encode() for stop in stops))
-
-
-def raw(joined: bytes, *stops: bytes) -> Case:
-    """Bytes, of which some may be half a character; the label can be pasted."""
-    ends = [*stops]
-    label = f"pieces {joined}.split(b'|'), stops {ends}"
-    return Case(label, (joined.split(b"|"), ends))
-
-
-def babble(letters: str, size: int, stops: tuple[str, ...], seed: int) -> Case:
-    """Few letters in pieces of all lengths, so that stops nearly come all the time."""
-    return told("".join(rng(seed).choice([*letters, "|"], size)), *stops)
-
-
 FOUND = "[text.find(stop) for stop in stops if stop in text]"
 HELD = "[n for s in stops for n in range(len(s)) if text.endswith(s[:n])]"
 STOPPED = "return counts + [min(found)] * (len(pieces) + 1 - len(counts))"
@@ -49,33 +32,7 @@ SHOWN = Check(
     "gen.4",
     returns=("counts",),
     call=as_counts,
-    cases=lambda: [
-        told("ab|c\n|\nd|e", "\n\n"),
-        told("so|me |text|\n|more\n", "\n\n"),
-        told("x|END|OF", "END"),
-        told("x|E|N|D|y|z", "END"),
-        told("xE|NE|NDE|ND", "END"),
-        told("a|a|a|b|c", "aab"),
-        told("ab|abab|abac|x", "ababac"),
-        told("one|#two;|three", ";", "#"),
-        told("one;two#|three", "#", ";"),
-        told("a.b,c;d|e", ",", ".", ";"),
-        told("<|/|s>|go on|<", "</s>", "\nQ:"),
-        told("if\n| Q|:\n|Q|:A", "</s>", "\nQ:"),
-        told("a|b|||cd", "bcx", "cde"),
-        told("||", "x"),
-        told("no |stop|\n"),
-        told("the very end|.\n", ".\n\n"),
-        raw(b"caf\xc3|\xa9 cr|\xc3|\xa8me\n|\nand", b"\n\n"),
-        raw(b"\xe2\x80|\x9cyes\xe2|\x80\x9d, he said\xe2\x80|\xa6 no", b"\xe2\x80\xa6"),
-        told("STOP|it", "STOP"),
-        told("it|STOP", "STOP"),
-        told("aSTOPbSTOPc|d|STOP", "STOP"),
-        Case("no piece at all", ([], [b"x"])),
-        babble("ab", 30, ("aabb", "babab"), seed=1),
-        babble("abc", 48, ("abcabc", "cbaab", "bbbb"), seed=2),
-        babble("ab", 24, ("aaaaaa", "bbbbb"), seed=3),
-    ],
+    cases=stop_cases,
     hints=(
         "Keep the whole text and ask it two questions after each piece. Is a stop in "
         "it? If not: what is the longest end of it that is also a beginning of some "

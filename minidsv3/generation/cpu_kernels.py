@@ -79,7 +79,7 @@ def linear(x: Array, W: Array, y: Array, add: bool, ahead: Array) -> None:
             _fetch(ahead.ctypes.data + place)
         fetched = until
         for n in range(0, N - 1, 2):
-            a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
+            a = b = c = d = e = f = g = h = zero
             for i in range(columns):
                 v, w = x[n, i], x[n + 1, i]
                 a += W[o, i] * v
@@ -105,8 +105,7 @@ def linear(x: Array, W: Array, y: Array, add: bool, ahead: Array) -> None:
 @_compiled
 def four_rows(W: Array, x: Array) -> tuple[float, float, float, float]:
     """Four sums of products side by side: W (4, I), x (I,)."""
-    zero = W.dtype.type(0)
-    a, b, c, d = zero, zero, zero, zero
+    a = b = c = d = W.dtype.type(0)
     for i in range(x.shape[0]):
         a += W[0, i] * x[i]
         b += W[1, i] * x[i]
@@ -123,15 +122,6 @@ def rmsnorm(x: Array, g: Array, eps: float, y: Array) -> None:
         r = x.dtype.type(1 / np.sqrt(dot(x[n], x[n]) / D + eps))
         for i in range(D):
             y[n, i] = g[i] * (x[n, i] * r)
-
-
-@_compiled
-def silu_times(a: Array, b: Array) -> None:
-    """The gate of SwiGLU in place: a (N, I) becomes silu(a) * b."""
-    one = a.dtype.type(1)
-    for n in range(a.shape[0]):
-        for i in range(a.shape[1]):
-            a[n, i] = a[n, i] / (one + np.exp(-a[n, i])) * b[n, i]
 
 
 @_compiled
@@ -330,9 +320,10 @@ def swiglu(
     b = np.empty_like(a)
     linear(u, W_gate, a, False, W_up)
     linear(u, W_up, b, False, W_down)
-    silu_times(a, b)
-    if weight != 1:
-        a *= weight
+    one = a.dtype.type(1)
+    for n in range(a.shape[0]):
+        for i in range(a.shape[1]):
+            a[n, i] = weight * (a[n, i] / (one + np.exp(-a[n, i]))) * b[n, i]
     linear(a, W_down, y, True, ahead)
 
 
@@ -385,7 +376,7 @@ def route(
         close_groups(choice.reshape(n_group, size), topk_group)
     total = s.dtype.type(1e-20)
     for k in range(chosen.shape[0]):
-        chosen[k] = first_largest(choice)
+        chosen[k] = choice.argmax()  # of equal ones the first
         choice[chosen[k]] = -np.inf
         total += s[chosen[k]]
     for k in range(chosen.shape[0]):
@@ -409,21 +400,11 @@ def close_groups(choice: Array, kept: int) -> None:
                 second = c
         sums[i] = best + second
     for _ in range(kept):
-        i = first_largest(sums)
+        i = sums.argmax()
         sums[i], shut[i] = -np.inf, False
     for i in range(n_group):
         if shut[i]:
             choice[i] = -np.inf
-
-
-@_compiled
-def first_largest(a: Array) -> int:
-    """The index of the largest, of equal ones the first."""
-    best = 0
-    for i in range(1, a.shape[0]):
-        if a[i] > a[best]:
-            best = i
-    return best
 
 
 # --- the ends -----------------------------------------------------------------------
