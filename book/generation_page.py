@@ -1,8 +1,7 @@
 """What chapter 9 counts and computes on its page: bytes, calls, experts, laws."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -49,15 +48,6 @@ def cold_products(
     matrices = iter([rng.random((size, size), np.float32) for _ in range(6)] * 2)
     x = rng.random((rows, size), np.float32)
     return seconds(lambda: product(x, next(matrices)), 12)
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """torch's products on n cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    yield
-    torch.set_num_threads(before)
 
 
 class Calls(NamedTuple):
