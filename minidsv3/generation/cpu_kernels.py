@@ -336,8 +336,9 @@ def experts(
     """Normalise, route, add K experts and the shared ones to the stream x (N, D).
 
     W (E, D) and bias (E,) are the router's, W_gate, W_up (E, I, D) and W_down
-    (E, D, I) the experts', S_… the shared one's, empty if there is none. Who comes
-    next is known, so its weights are on their way before they are needed.
+    (E, D, I) the experts'; those with an S are the shared one's, empty if there is
+    none. Who comes next is known, so its weights are on their way before they are
+    needed.
     """
     N = x.shape[0]
     u = np.empty_like(x)
