@@ -42,7 +42,8 @@ from minidsv3.model.torch_port import DeepSeekV3
 from minidsv3.shipped import MINI_FOLDER
 
 CONTEXTS = (64, 1024, 8192)
-ARMS = ("transformers", "modules, naive", "modules", "compiled", "reading")
+READING = ("reading", "reading, one core")  # the loops use one, but for a long past
+ARMS = ("transformers", "modules, naive", "modules", "compiled", *READING)
 ENGINES: dict[str, Callable[[DeepSeekV3], Decoder]] = {
     "modules": ModuleDecoder,
     "compiled": decoder_for,
@@ -148,9 +149,9 @@ def seconds_of_reading() -> list[float]:
 
 def token_here(arm: str, context: int, threads: int) -> Row:
     """One arm at one context in this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if arm == READING[1] else threads)
     held = 0
-    if arm == "reading":
+    if arm in READING:
         seconds = seconds_of_reading()
     elif arm == "transformers":
         seconds, held = seconds_of_transformers(context)

@@ -185,7 +185,7 @@ def speculate(
     caches, mtp_cache = new_caches(config, room), new_mtp_cache(config, room)
 
     def law(logits: Array) -> Array:
-        """Draft and model are cut down alike, or the verdict would not be exact."""
+        """Draft and model are cut down alike: so most drafts are kept."""
         return next_token_law(logits, temperature, top_p)  # (B, V)
 
     def read(tokens: Array) -> tuple[Array, Array]:

@@ -76,7 +76,7 @@ class Greedy:
 
 
 class Sampled:
-    """Draft and model are cut down alike, or the verdict would not be exact."""
+    """Temperature above 0. Draft and model are cut down alike, which keeps the most."""
 
     def __init__(self, temperature: float, top_p: float) -> None:
         self._sampling = (temperature, top_p)

@@ -191,8 +191,9 @@ def accept(
     a token is drawn from `residual`. Token x then has probability
     :math:`\min(p_x, q_x) + (p_x - q_x)^+ = p_x`, and
     :math:`\sum_x \min(p_x, q_x)` of the drafts are kept. Greedy decoding is the case of
-    laws with one possible token: kept if equal, else p's token. p and q must have gone
-    through the same temperature and top-p. (Leviathan et al., arXiv 2211.17192.)
+    laws with one possible token: kept if equal, else p's token. q must be the law that
+    the draft was drawn from; most are kept if p and q have gone through the same
+    temperature and top-p. (Leviathan et al., arXiv 2211.17192.)
 
     Shapes: p, q (B, V), draft (B,) -> accepted (B,), token (B,). Raises ValueError for
     shapes that differ and for a draft that q cannot have drawn.

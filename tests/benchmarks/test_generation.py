@@ -29,8 +29,9 @@ def test_a_token_by_context() -> None:
         faster = ms["transformers", context] / ms["compiled", context]
         print(f"{context:6,} behind it: {said}; {faster:.1f} x transformers")
     near, far = speed.CONTEXTS[0], speed.CONTEXTS[-1]
-    read = ms["compiled", near] / ms["reading", near]
-    print(f"at {near} {read:.2f} x the time to read the weights once (bar 1.5)")
+    for arm in speed.READING:
+        read = ms["compiled", near] / ms[arm, near]
+        print(f"at {near} {read:.2f} x the time of {arm} of its weights (bar 1.5)")
     a, b, c = (ms["compiled", n] for n in speed.CONTEXTS)
     _, middle, _ = speed.CONTEXTS
     growth = (c - b) / (b - a) / ((far - middle) / (middle - near))
