@@ -50,29 +50,6 @@ def cold_products(
     return seconds(lambda: product(x, next(matrices)), 12)
 
 
-def scattered_products(
-    product: Callable[[Array, Array, Array], object], early: bool, count: int = 400
-) -> float:
-    """Seconds a matrix, for small ones that lie anywhere, as experts do.
-
-    product gets a row (1, 256), a matrix (64, 256) and the one that comes next, or with
-    not early nothing in its place. Two thousand of them are 131 MB; each comes once.
-    """
-    rng = np.random.default_rng(0)
-    stack = rng.random((2000, 64, 256), np.float32)
-    x, order = rng.random((1, 256), np.float32), rng.permutation(2000)
-    found = []
-    for start in range(0, 2000 - count, count):
-        rows = [stack[i] for i in order[start : start + count + 1]]
-        after = rows[1:] if early else [stack[0, :0]] * count
-        pairs = list(zip(rows[:-1], after, strict=True))
-        began = time.perf_counter()
-        for W, ahead in pairs:
-            product(x, W, ahead)
-        found.append(time.perf_counter() - began)
-    return min(found) / count
-
-
 class Calls(NamedTuple):
     """Operations of torch in one run."""
 

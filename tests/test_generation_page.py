@@ -190,14 +190,3 @@ def test_step_seconds_and_cold_products_measure_something() -> None:
     session.prefill(np.array([[1, 2]]), np.array([2]))
     assert page.step_seconds(session, np.arange(8)[None], 2, 4) > 0
     assert page.cold_products(np.matmul, 1, size=8) > 0
-    for early in (True, False):
-        given = []
-
-        def note(*row, given=given):
-            given.append(row)
-
-        assert page.scattered_products(note, early, 500) > 0
-        sizes = {(x.shape, W.shape, ahead.size > 0) for x, W, ahead in given}
-        assert sizes == {((1, 256), (64, 256), early)} and len(given) == 1500
-        if early:  # the next of one is the one of the next
-            assert all(given[i][2] is given[i + 1][1] for i in range(499))
