@@ -30,7 +30,7 @@ import torch
 from rows import RESULTS as RESULTS
 from rows import Row, write
 from rows import read as read
-from torch_speed import CONFIG, STD
+from torch_speed import CONFIG, STD, their_model
 from tqdm import tqdm
 
 from minidsv3 import corpus, parameters
@@ -105,17 +105,9 @@ def intervals(steps: Iterator) -> Iterator[float]:
 
 def seconds_of_transformers(context: int) -> tuple[list[float], int]:
     """The same for transformers, one call of the model a token, its own cache."""
-    from tempfile import TemporaryDirectory
+    from transformers import DynamicCache
 
-    from transformers import DeepseekV3ForCausalLM, DynamicCache
-
-    with TemporaryDirectory() as folder:
-        DeepSeekV3(CONFIG, init_std=STD).save_pretrained(folder)
-        model = DeepseekV3ForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa",
-            experts_implementation="grouped_mm",
-        )  # fmt: skip
-    model.eval()
+    model = their_model().eval()
     cache = DynamicCache(config=model.config)
 
     def steps() -> Iterator[None]:

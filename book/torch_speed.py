@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
@@ -138,19 +139,21 @@ def our_step(arm: str) -> Callable[[], float]:
     return step
 
 
-def their_step() -> Callable[[], float]:
-    """The same for transformers: the same weights and batches, its best experts."""
-    from tempfile import TemporaryDirectory
-
+def their_model() -> torch.nn.Module:
+    """The same weights in transformers, with its best attention and experts."""
     from transformers import DeepseekV3ForCausalLM
 
     with TemporaryDirectory() as folder:
         DeepSeekV3(CONFIG, init_std=STD).save_pretrained(folder)
-        model = DeepseekV3ForCausalLM.from_pretrained(
+        return DeepseekV3ForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa",
             experts_implementation="grouped_mm",
         )  # fmt: skip
-    model.train()
+
+
+def their_step() -> Callable[[], float]:
+    """The same step for transformers: the same weights and batches."""
+    model = their_model().train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> float:

@@ -17,7 +17,7 @@ from minidsv3.generation.numpy_ref import Speculation, check_sampling
 from minidsv3.generation.prompts import Request, checked, side_by_side
 from minidsv3.generation.rules import Given, Greedy, Sampled, Uniforms
 from minidsv3.generation.stopping import Ending, endings
-from minidsv3.parameters import ParameterError, blame
+from minidsv3.parameters import blame
 from minidsv3.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def decoder_for(model: "Model") -> Decoder:
         return CompiledDecoder(params, config, reader)
     except ImportError as error:
         warnings.warn(f"decoding without numba, which fails: {error}", stacklevel=3)
-    except (ValueError, ParameterError):  # not for the loops
+    except ValueError:  # not for the loops
         pass
     return other
 
