@@ -1,48 +1,73 @@
-"""A kernel written against Numba's ``cuda``, made to see the simulator's.
+"""A kernel made to see another world: the simulator's ``cuda``, or the compiler's.
 
 The kernel's module is not touched: the kernel and the device functions that it calls
-are copied with a scope of their own, in which Numba's module is replaced.
+are copied with a scope of their own, in which some things are replaced.
 """
 
 import contextlib
+from collections.abc import Callable
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-Made = dict[FunctionType, FunctionType]
+Made = dict[FunctionType, Any]
+Seen = Callable[[Any], Any]
 
 
-def rebound(thing: Any, cuda: Any, made: Made | None = None) -> Any:
-    """``thing`` as simulated code shall see it.
+def numbas(cuda: Any) -> Seen:
+    """Replaces Numba's cuda module by another cuda."""
 
-    Numba's cuda module becomes ``cuda``, a function (or what has one in ``.py_func``) a
-    copy that sees only rebound things, and everything else stays what it is.
+    def seen(thing: Any) -> Any:
+        if isinstance(thing, ModuleType):
+            return cuda if f".{thing.__name__}".endswith(".numba.cuda") else None
+        return None
+
+    return seen
+
+
+def rebound(
+    thing: Any,
+    seen: Seen,
+    made: Made | None = None,
+    device: Callable[[FunctionType], Any] = lambda function: function,
+) -> Any:
+    """``thing`` as the copy of a kernel shall see it.
+
+    What ``seen`` has a replacement for, is replaced; a function (or what has one in
+    ``.py_func``) becomes a copy that sees only rebound things, wrapped by ``device`` if
+    it is not the kernel itself; everything else stays what it is.
     """
+    outermost = made is None
     made = {} if made is None else made
-    if isinstance(thing, ModuleType):
-        return cuda if f".{thing.__name__}".endswith(".numba.cuda") else thing
+    replacement = seen(thing)
+    if replacement is not None:
+        return replacement
     function = getattr(thing, "py_func", thing)
     if not isinstance(function, FunctionType):
         return thing
     if function not in made:
-        _copy(function, cuda, made)
+        _copy(function, seen, made, (lambda copy: copy) if outermost else device, device)
     return made[function]
 
 
-def _copy(function: FunctionType, cuda: Any, made: Made) -> None:
+def _copy(
+    function: FunctionType, seen: Seen, made: Made, wrap: Callable, device: Callable
+) -> None:
     """Copy a function, and enter the copy in ``made`` first: it may call itself."""
     old_cells = function.__closure__ or ()
     cells = tuple(CellType() for _ in old_cells)
     old = function.__globals__
     scope = {name: old[name] for name in ("__builtins__", "__name__") if name in old}
-    copy = made[function] = FunctionType(
+    copy = FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, cells
     )
     copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__module__ = function.__module__
+    made[function] = wrap(copy)
     for name in _names(function.__code__) & old.keys():
-        scope[name] = rebound(old[name], cuda, made)
+        scope[name] = rebound(old[name], seen, made, device)
     for cell, old_cell in zip(cells, old_cells, strict=True):
         with contextlib.suppress(ValueError):  # a name that is not bound yet
-            cell.cell_contents = rebound(old_cell.cell_contents, cuda, made)
+            cell.cell_contents = rebound(old_cell.cell_contents, seen, made, device)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from minidsv3.gpu.binding import rebound
+from minidsv3.gpu.binding import numbas, rebound
 from minidsv3.gpu.dialect import cuda, warp_operation
 from minidsv3.gpu.memory import CheckedArray, Memory
 from minidsv3.gpu.reports import (
@@ -100,7 +100,7 @@ def launch(
     """
     if running.thread is not None:
         raise SimulatorError("a kernel cannot launch another one")
-    function = rebound(kernel, cuda)
+    function = rebound(kernel, numbas(cuda))
     if not isinstance(function, FunctionType):
         raise SimulatorError(f"a kernel is a plain function, not {kernel!r}")
     run = Launch(

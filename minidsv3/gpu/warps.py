@@ -7,7 +7,10 @@ takes part: that was done before it is called.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from minidsv3.gpu.tensor_cores import ldmatrix, mma_bf16
 
 WARP_SIZE = 32
 FULL_MASK = 0xFFFFFFFF
@@ -61,4 +64,7 @@ WARP_OPS: dict[str, Callable[[Lanes], Answers]] = {
     "ballot_sync": _vote(_ballot),
     "any_sync": _vote(lambda lanes: _ballot(lanes) != 0),
     "all_sync": _vote(lambda lanes: all(predicate for (predicate,) in lanes.values())),
+    "ldmatrix": ldmatrix,
+    "ldmatrix_transposed": partial(ldmatrix, transposed=True),
+    "mma_bf16": mma_bf16,
 }

@@ -1,0 +1,326 @@
+"""The machine's side of `intrinsics`: what the compiler puts where a kernel calls one.
+
+Each function here returns Numba's intrinsic for the twin of the same name. An intrinsic
+is two things: the types it takes and gives, and the LLVM instructions, mostly one line
+of PTX, that do it. Needs numba-cuda; nothing else in the library imports this module
+but `compile`. Source of every instruction: NVIDIA, PTX ISA 9.0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.core.errors import RequireLiteralValue
+from numba.cuda.extending import intrinsic
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32 = ir.FloatType()
+FOUR_WORDS = ir.LiteralStructType([I32] * 4)
+FOUR_FLOATS = ir.LiteralStructType([F32] * 4)
+
+Generate = Callable[..., ir.Value]
+
+
+def _asm(
+    builder: ir.IRBuilder, result: ir.Type, text: str, constraints: str,
+    arguments: Sequence[ir.Value], effect: bool = False,
+) -> ir.Value:  # fmt: skip
+    """One line of PTX. effect: it does more than compute its result."""
+    function = ir.FunctionType(result, [a.type for a in arguments])
+    call = ir.InlineAsm(function, text, constraints, side_effect=effect)
+    return builder.call(call, arguments)
+
+
+def _elementwise(text: str, result: Any, *arguments: Any) -> Any:
+    """An intrinsic that is one instruction on registers."""
+    letters = {types.float32: "f", types.uint32: "r", types.uint16: "h"}
+    llvm = {types.float32: F32, types.uint32: I32, types.uint16: I16}
+    constraints = ",".join(["=" + letters[result]] + [letters[a] for a in arguments])
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> ir.Value:
+        return _asm(builder, llvm[result], text, constraints, values)
+
+    if len(arguments) == 1:
+
+        @intrinsic
+        def one(typing_context, x):
+            return result(*arguments), generate
+
+        return one
+
+    @intrinsic
+    def two(typing_context, x, y):
+        return result(*arguments), generate
+
+    return two
+
+
+exp2 = _elementwise("ex2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+rsqrt = _elementwise("rsqrt.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+reciprocal = _elementwise("rcp.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+pack2 = _elementwise(
+    "cvt.rn.bf16x2.f32 $0, $2, $1;", types.uint32, types.float32, types.float32
+)
+bits_of = _elementwise("cvt.rn.bf16.f32 $0, $1;", types.uint16, types.float32)
+
+
+def _shifted(shift: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    """A bfloat16 of a word, as float32: one shift or mask."""
+
+    @intrinsic
+    def half(typing_context, word):
+        def generate(context, builder, signature, values):
+            return builder.bitcast(shift(builder, values[0]), F32)
+
+        return types.float32(types.uint32), generate
+
+    return half
+
+
+def _low(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
+    return builder.shl(word, I32(16))
+
+
+def _high(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
+    return builder.and_(word, I32(0xFFFF0000))
+
+
+low_of, high_of = _shifted(_low), _shifted(_high)
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """16 bits, shifted up."""
+
+    def generate(context, builder, signature, values):
+        return builder.bitcast(_low(builder, builder.zext(values[0], I32)), F32)
+
+    return types.float32(types.uint16), generate
+
+
+# --- elements -----------------------------------------------------------------------
+
+
+def _element(context: Any, builder: Any, kind: Any, array: Any, i: Any) -> ir.Value:
+    """The address of element i of a one-dimensional contiguous array."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.gep(data, [builder.zext(i, I64) if i.type != I64 else i])
+
+
+def _flat(*arrays: Any) -> bool:
+    """Whether these types are one-dimensional contiguous arrays."""
+    return all(
+        isinstance(a, types.Array) and a.ndim == 1 and a.layout == "C" for a in arrays
+    )
+
+
+def _holds(array: Any) -> int | None:
+    """Bytes of an element if an array may hold a kernel's numbers."""
+    return {types.float32: 4, types.uint16: 2}.get(array.dtype) if _flat(array) else None
+
+
+def _vector(builder: Any, pointer: ir.Value) -> ir.Value:
+    """A pointer to 16 bytes as a pointer to four words."""
+    return builder.bitcast(pointer, ir.VectorType(I32, 4).as_pointer())
+
+
+def _read4(builder: Any, pointer: ir.Value) -> list[ir.Value]:
+    """16 bytes in one load (LDG.E.128, LDS.128): LLVM keeps a vector together."""
+    loaded = builder.load(_vector(builder, pointer), align=16)
+    return [builder.extract_element(loaded, I32(k)) for k in range(4)]
+
+
+def _write4(builder: Any, pointer: ir.Value, words: Sequence[ir.Value]) -> None:
+    """16 bytes in one store."""
+    vector = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
+    for k, word in enumerate(words):
+        vector = builder.insert_element(vector, word, I32(k))
+    builder.store(vector, _vector(builder, pointer), align=16)
+
+
+@intrinsic
+def load1(typing_context, array, i):
+    """One element, widened."""
+    size = _holds(array)
+
+    def generate(context, builder, signature, values):
+        kind, _ = signature.args
+        value = builder.load(_element(context, builder, kind, *values))
+        if size == 4:
+            return value
+        return builder.bitcast(_low(builder, builder.zext(value, I32)), F32)
+
+    return (types.float32(array, types.uint64), generate) if size else None
+
+
+@intrinsic
+def store1(typing_context, array, i, value):
+    """One element, rounded."""
+    size = _holds(array)
+
+    def generate(context, builder, signature, values):
+        pointer = _element(context, builder, signature.args[0], *values[:2])
+        number = values[2]
+        if size == 2:
+            text = "cvt.rn.bf16.f32 $0, $1;"
+            number = _asm(builder, I16, text, "=h,f", [number])
+        builder.store(number, pointer)
+        return context.get_dummy_value()
+
+    if not size:
+        return None
+    return types.void(array, types.uint64, types.float32), generate
+
+
+def _eight(context: Any, builder: Any, signature: Any, values: Any) -> list[ir.Value]:
+    """Addresses of eight elements of the local array among the arguments."""
+    _, _, kind, _ = signature.args
+    first = _element(context, builder, kind, values[2], values[3])
+    return [builder.gep(first, [I64(k)]) for k in range(8)]
+
+
+def _eight_signature(array: Any, local: Any) -> Any:
+    if not _holds(array) or not _flat(local) or local.dtype != types.float32:
+        return None
+    return types.void(array, types.uint64, local, types.uint64)
+
+
+@intrinsic
+def load8(typing_context, array, i, into, j):
+    """One or two 16-byte loads, widened into registers."""
+
+    def generate(context, builder, signature, values):
+        first = _element(context, builder, signature.args[0], *values[:2])
+        words = _read4(builder, first)
+        if _holds(array) == 4:
+            words += _read4(builder, builder.gep(first, [I64(4)]))
+        else:
+            words = [half(builder, w) for w in words for half in (_low, _high)]
+        places = _eight(context, builder, signature, values)
+        for word, place in zip(words, places, strict=True):
+            builder.store(builder.bitcast(word, F32), place)
+        return context.get_dummy_value()
+
+    signature = _eight_signature(array, into)
+    return (signature, generate) if signature else None
+
+
+@intrinsic
+def store8(typing_context, array, i, values, j):
+    """One or two 16-byte stores, rounded from registers."""
+
+    def generate(context, builder, signature, arguments):
+        first = _element(context, builder, signature.args[0], *arguments[:2])
+        places = _eight(context, builder, signature, arguments)
+        numbers = [builder.load(place) for place in places]
+        if _holds(array) == 4:
+            words = [builder.bitcast(number, I32) for number in numbers]
+            _write4(builder, builder.gep(first, [I64(4)]), words[4:])
+        else:
+            text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            words = [_asm(builder, I32, text, "=r,f,f", pair) for pair in pairs]
+        _write4(builder, first, words[:4])
+        return context.get_dummy_value()
+
+    signature = _eight_signature(array, values)
+    return (signature, generate) if signature else None
+
+
+# --- shared memory, tensor cores, copies --------------------------------------------
+
+
+def _shared_address(
+    context: Any, builder: Any, kind: Any, tile: Any, i: Any
+) -> ir.Value:
+    """The 32-bit address of ``tile[i]`` in shared memory."""
+    data = context.make_array(kind)(context, builder, tile).data
+    text = "{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }"
+    base = _asm(builder, I32, text, "=r,l", [builder.ptrtoint(data, I64)])
+    size = I32(kind.dtype.bitwidth // 8)
+    return builder.add(base, builder.mul(builder.trunc(i, I32), size))
+
+
+def _ldmatrix(modifier: str) -> Any:
+    text = f"ldmatrix.sync.aligned.m8n8.x4{modifier}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+
+    @intrinsic
+    def load(typing_context, tile, i):
+        def generate(context, builder, signature, values):
+            address = _shared_address(context, builder, signature.args[0], *values)
+            constraints = "=r,=r,=r,=r,r,~{memory}"
+            got = _asm(builder, FOUR_WORDS, text, constraints, [address], effect=True)
+            words = [builder.extract_value(got, k) for k in range(4)]
+            return context.make_tuple(builder, signature.return_type, words)
+
+        if not _flat(tile) or tile.dtype != types.uint32:
+            return None
+        return types.UniTuple(types.uint32, 4)(tile, types.uint64), generate
+
+    return load
+
+
+ldmatrix4, ldmatrix4_transposed = _ldmatrix(""), _ldmatrix(".trans")
+
+
+@intrinsic
+def mma_bf16(typing_context, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
+    """HMMA.16816.F32.BF16."""
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
+    )
+
+    def generate(context, builder, signature, values):
+        constraints = "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r"
+        got = _asm(builder, FOUR_FLOATS, text, constraints, values)
+        floats = [builder.extract_value(got, k) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, floats)
+
+    given = [types.float32] * 4 + [types.uint32] * 6
+    return types.UniTuple(types.float32, 4)(*given), generate
+
+
+@intrinsic
+def copy_async16(typing_context, tile, i, source, j):
+    """LDGSTS: from global memory past the registers."""
+
+    def generate(context, builder, signature, values):
+        kind, _, source_kind, _ = signature.args
+        target = _shared_address(context, builder, kind, *values[:2])
+        origin = _element(context, builder, source_kind, *values[2:])
+        text = "cp.async.cg.shared.global [$0], [$1], 16;"
+        addresses = [target, builder.ptrtoint(origin, I64)]
+        _asm(builder, ir.VoidType(), text, "r,l,~{memory}", addresses, effect=True)
+        return context.get_dummy_value()
+
+    if not _flat(tile, source) or tile.dtype != source.dtype:
+        return None
+    return types.void(tile, types.uint64, source, types.uint64), generate
+
+
+@intrinsic
+def commit_copies(typing_context):
+    """``cp.async.commit_group``."""
+
+    def generate(context, builder, signature, values):
+        text = "cp.async.commit_group;"
+        _asm(builder, ir.VoidType(), text, "~{memory}", [], effect=True)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def wait_copies(typing_context, pending):
+    """``cp.async.wait_group``, whose number is part of the instruction."""
+    if not isinstance(pending, types.IntegerLiteral):
+        raise RequireLiteralValue("wait_copies takes a constant")
+
+    def generate(context, builder, signature, values):
+        text = f"cp.async.wait_group {pending.literal_value};"
+        _asm(builder, ir.VoidType(), text, "~{memory}", [], effect=True)
+        return context.get_dummy_value()
+
+    return types.void(pending), generate
