@@ -70,6 +70,11 @@ def store1(array: Any, i: int, value: float32) -> None:
     array[i] = value if array.dtype == F32 else bits_of(value)
 
 
+def round_to(array: Any, value: float32) -> float32:
+    """A float32 rounded as storing it into the array would round it."""
+    return value if array.dtype == F32 else float_of(bits_of(value))
+
+
 def load8(array: Any, i: int, into: Any, j: int) -> None:
     """Elements i … i+7, as float32, into ``into[j:j+8]``, a thread's local array.
 

@@ -173,6 +173,20 @@ def store1(typing_context, array, i, value):
     return types.void(array, types.uint64, types.float32), generate
 
 
+@intrinsic
+def round_to(typing_context, array, value):
+    """There and back again for bfloat16, nothing for float32."""
+    size = _holds(array)
+
+    def generate(context, builder, signature, values):
+        if size == 4:
+            return values[1]
+        bits = _asm(builder, I16, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [values[1]])
+        return builder.bitcast(_low(builder, builder.zext(bits, I32)), F32)
+
+    return (types.float32(array, types.float32), generate) if size else None
+
+
 def _eight(context: Any, builder: Any, signature: Any, values: Any) -> list[ir.Value]:
     """Addresses of eight elements of the local array among the arguments."""
     _, _, kind, _ = signature.args

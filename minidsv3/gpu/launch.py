@@ -1,0 +1,224 @@
+"""Run a kernel on tensors: on the GPU they lie on, or in the simulator::
+
+    launch(_swiglu_body, grid, block, gate, up, h, uint32(n))
+
+Tensors on a GPU: the kernel is compiled for it once, kept, and started on torch's
+current stream with the tensors' own memory, nothing copied. So it can be captured in a
+CUDA graph like any operation of torch. Tensors on the processor: it runs in
+`minidsv3.gpu.simulator`, which checks every access and takes its time (some 10,000
+threads a second), whether there is a GPU or not. Nothing else decides.
+
+Scalars are NumPy's, ``uint32(n)``, ``float32(eps)``, so that their type is certain.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidsv3.gpu import simulator
+
+KINDS = {
+    torch.float32: "f4", torch.bfloat16: "u2", torch.uint16: "u2", torch.int32: "i4",
+    torch.uint32: "u4", torch.int64: "i8", torch.float64: "f8",
+}  # fmt: skip
+"""A kernel's word for each dtype of a tensor: bfloat16 comes as its bits."""
+SIZES = {"f4": 4, "u2": 2, "i4": 4, "u4": 4, "i8": 8, "f8": 8, "u8": 8}
+MOST_STATIC_SHARED = 48 * 1024
+Extent = int | tuple[int, ...]
+
+
+class LaunchError(RuntimeError):
+    """The driver refused to load or to start a kernel."""
+
+
+def launch(
+    kernel: Callable[..., None], grid: Extent, block: Extent, *args: Any,
+    dynamic_shared: int = 0,
+) -> None:  # fmt: skip
+    """Start ``kernel(*args)`` in every thread; results are written into the tensors.
+
+    grid and block are an integer or up to three; dynamic_shared counts bytes. The
+    kernel sees each tensor as a one-dimensional array. Raises TypeError for an argument
+    that is neither a tensor of `KINDS` nor a NumPy scalar, ValueError for tensors that
+    are not contiguous or not on one device, CompilerError and LaunchError if the GPU's
+    side is not there, and in the simulator what `simulator.launch` raises.
+    """
+    device = _device(args)
+    if device.type == "cuda":
+        _on_gpu(kernel, grid, block, args, dynamic_shared, device)
+        return
+    if device.type != "cpu":
+        raise ValueError(
+            f"a kernel runs on an NVIDIA GPU or, simulated, on the processor; the "
+            f"tensors are on {device}"
+        )
+    arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
+    simulator.launch(kernel, grid, block, *arrays, dynamic_shared=dynamic_shared)
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    """The one device of all tensors, which must be such as a kernel can take."""
+    devices = set()
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            if arg.dtype not in KINDS:
+                raise TypeError(
+                    f"argument {position} is {arg.dtype}: kernels take "
+                    f"{', '.join(str(d) for d in KINDS)}"
+                )
+            if not arg.is_contiguous():
+                raise ValueError(
+                    f"argument {position} of shape {tuple(arg.shape)} has strides "
+                    f"{arg.stride()}: a kernel needs it contiguous()"
+                )
+            devices.add(arg.device)
+        elif not isinstance(arg, np.generic):
+            raise TypeError(
+                f"argument {position} is {arg!r}: scalars are NumPy's, so that their "
+                "type is certain; write np.uint32(...) or np.float32(...)"
+            )
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "nowhere, for there are none"
+        raise ValueError(f"the tensors of one launch are on one device, not {found}")
+    return devices.pop()
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's own memory as a one-dimensional array, bfloat16 as its bits."""
+    flat = tensor.detach().view(-1)
+    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+    return bits.numpy()
+
+
+def signature_of(args: Sequence[Any]) -> str:
+    """The words that `compile.compiled` needs: ``"u2[] f4[] u4"``."""
+    return " ".join(
+        f"{KINDS[a.dtype]}[]" if isinstance(a, Tensor) else a.dtype.str[1:]
+        for a in args
+    )
+
+
+# --- on a GPU -----------------------------------------------------------------------
+
+
+def _on_gpu(
+    kernel: Callable[..., None], grid: Extent, block: Extent, args: Sequence[Any],
+    dynamic_shared: int, device: torch.device,
+) -> None:  # fmt: skip
+    with torch.cuda.device(device):
+        capability = torch.cuda.get_device_capability(device)
+        loaded = _loaded(kernel, signature_of(args), capability, device.index)
+        given = [
+            (a.data_ptr(), a.numel()) if isinstance(a, Tensor) else a for a in args
+        ]
+        stream = torch.cuda.current_stream(device).cuda_stream
+        loaded.start(_three(grid), _three(block), dynamic_shared, stream, given)
+
+
+def _three(extent: Extent) -> tuple[int, ...]:
+    sizes = extent if isinstance(extent, tuple) else (extent,)
+    return (*sizes, 1, 1)[:3]
+
+
+@lru_cache(maxsize=None)
+def _loaded(
+    kernel: Callable[..., None], signature: str, capability: tuple[int, int], device: int
+) -> "Loaded":
+    """The kernel compiled for a GPU and loaded there, once."""
+    from minidsv3.gpu.compile import architecture, compiled
+
+    code = compiled(kernel, signature, architecture(capability))
+    return Loaded(driver(), code.cubin, code.entry, signature)
+
+
+@lru_cache(maxsize=1)
+def driver() -> Any:
+    """NVIDIA's driver in Python. Raises LaunchError if its package is missing."""
+    try:
+        from cuda.bindings import driver as bindings
+    except ImportError as error:
+        raise LaunchError(
+            "starting a kernel needs cuda-bindings: pip install 'minidsv3[cuda]'"
+        ) from error
+    return bindings
+
+
+class Loaded:
+    """A kernel in a GPU's memory, and how to hand it its arguments.
+
+    The driver takes the address of each parameter. A scalar is one parameter; Numba's
+    array is seven: two that we do not use, the number of elements, their size, the
+    address, the length and the stride. Each thread of the host keeps a buffer of them,
+    of which a launch changes only what it must.
+    """
+
+    def __init__(
+        self, driver: Any, cubin: bytes, entry: str, signature: str
+    ) -> None:
+        self.driver, self.entry, self.words = driver, entry, signature.split()
+        module = self._asked("cuModuleLoadData", cubin)
+        self.function = self._asked("cuModuleGetFunction", module, entry.encode())
+        self.module = module  # the function lives as long as this
+        self.shared = MOST_STATIC_SHARED
+        self.buffers = threading.local()
+
+    def start(
+        self, grid: tuple, block: tuple, dynamic_shared: int, stream: int,
+        args: Sequence[Any],
+    ) -> None:  # fmt: skip
+        """Start on a stream; args are (address, elements) and NumPy scalars."""
+        if 0 in grid:
+            return  # no work, which the driver calls an error
+        if dynamic_shared > self.shared:
+            attribute = self.driver.CUfunction_attribute
+            which = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._asked("cuFuncSetAttribute", self.function, which, dynamic_shared)
+            self.shared = dynamic_shared
+        pointers = self._parameters(args)
+        self._asked(
+            "cuLaunchKernel",
+            self.function, *grid, *block, dynamic_shared, stream, pointers, 0,
+        )  # fmt: skip
+
+    def _parameters(self, args: Sequence[Any]) -> int:
+        """The address of the addresses of all parameters, which now hold args."""
+        if not hasattr(self.buffers, "cells"):
+            self._allocate()
+        cells, at = self.buffers.cells, 0
+        for word, arg in zip(self.words, args, strict=True):
+            if word.endswith("[]"):
+                address, elements = arg
+                cells[at + 2] = cells[at + 5] = elements
+                cells[at + 4] = address
+                at += 7
+            else:
+                bits = arg.tobytes().ljust(8, b"\0")
+                cells[at] = int.from_bytes(bits, "little")
+                at += 1
+        return self.buffers.address
+
+    def _allocate(self) -> None:
+        """Cells of eight bytes for all parameters, and pointers to them."""
+        first: list[int] = []
+        for word in self.words:
+            size = SIZES[word.removesuffix("[]")]
+            first += [0, 0, 0, size, 0, 0, size] if word.endswith("[]") else [0]
+        cells = (ctypes.c_uint64 * len(first))(*first)
+        start = ctypes.addressof(cells)
+        places = [start + 8 * n for n in range(len(first))]
+        pointers = (ctypes.c_void_p * len(first))(*places)
+        self.buffers.cells, self.buffers.pointers = cells, pointers
+        self.buffers.address = ctypes.addressof(pointers)
+
+    def _asked(self, name: str, *args: Any) -> Any:
+        """What the driver answers. Raises LaunchError with its word for what is wrong."""
+        error, *answer = getattr(self.driver, name)(*args)
+        if int(error):
+            raise LaunchError(f"{name} of {self.entry}: {error!r}")
+        return answer[0] if answer else None
