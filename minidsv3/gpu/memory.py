@@ -8,13 +8,14 @@ launch did is forgotten when the next begins.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
 import numpy as np
 
 from minidsv3.gpu.reports import (
+    AlignmentError,
     BoundsError,
     RaceError,
     SimulatorError,
@@ -23,12 +24,14 @@ from minidsv3.gpu.reports import (
     place_of,
     report,
 )
-from minidsv3.gpu.threads import Moment, Thread, current, happened_before
+from minidsv3.gpu.threads import Moment, Thread, current, happened_before, running
 
 READ, WRITE, ATOMIC = 0, 1, 2
 VERBS = (("reads", "read"), ("writes", "wrote"), ("updates", "updated"))
 # What an access must be ordered against. Reads agree with reads, atomics with atomics.
 CLASHES = ((WRITE, ATOMIC), (READ, WRITE, ATOMIC), (READ, WRITE))
+
+WIDTHS = (1, 2, 4, 8, 16)  # bytes that one instruction can load or store
 
 Access = tuple[Moment, CodeType, int]  # who and when, and the instruction
 Crowd = dict[Thread, Access]
@@ -64,21 +67,44 @@ class Memory:
 
     def touch(self, kind: int, array: "CheckedArray", address: int, index: Any) -> None:
         """Check and remember one access of the running thread."""
-        thread = current()
+        thread = running.thread or current()
         self.counts[kind] += 1
         if self.written is not None:
             self._initialise(kind, array, address, index)
-        if self.space == "local":  # nobody else can reach it
-            return
+        if self.space != "local":  # nobody else can reach that
+            frame = kernel_frame(2)
+            access = (thread.moment, frame.f_code, frame.f_lasti)
+            self._order(kind, array, address, index, access)
+
+    def touch_vector(
+        self, kind: int, array: "CheckedArray", address: int, first: int, n: int
+    ) -> None:
+        """`touch` of n neighbours in one access, from the element first on."""
+        thread, size = running.thread or current(), array.data.itemsize
+        self.counts[kind] += 1
+        if self.written is not None:
+            for k in range(n):
+                self._initialise(kind, array, address + k * size, first + k)
+        if self.space != "local":
+            frame = kernel_frame(3)
+            access = (thread.moment, frame.f_code, frame.f_lasti)
+            for k in range(n):
+                self._order(kind, array, address + k * size, first + k, access)
+
+    def _order(
+        self, kind: int, array: "CheckedArray", address: int, index: Any, access: Access
+    ) -> None:
+        """Is every earlier access that this one could clash with ordered before it?"""
+        thread = access[0][0]
         cell = self.cells.get(address)
         if cell is None:
             cell = self.cells[address] = [NOBODY, NOBODY, NOBODY]
+            cell[kind] = {thread: access}
+            return
         for other in CLASHES[kind]:
             for past in cell[other].values():
                 if not happened_before(past[0], thread):
                     raise _race(kind, other, past, array, index)
-        frame = kernel_frame(2)
-        access = (thread.moment, frame.f_code, frame.f_lasti)
         if kind == WRITE:  # whoever is ordered after this is ordered after all before
             cell[:] = NOBODY, {thread: access}, NOBODY
         elif cell[kind]:
@@ -165,6 +191,20 @@ def address_of(data: np.ndarray) -> int:
     return data.__array_interface__["data"][0]
 
 
+def beginning(data: np.ndarray) -> int:
+    """Where the memory begins that an array is a view of, or its own.
+
+    A GPU's allocator would have put this at a multiple of 256 bytes: "any address of a
+    variable residing in global memory or returned by one of the memory allocation
+    routines from the driver or runtime API is always aligned to at least 256 bytes"
+    (CUDA C++ Programming Guide, Device Memory Accesses). NumPy promises less, so
+    alignment counts from here: ``x[1:]`` lies one element beside it, on a GPU as here.
+    """
+    while isinstance(data.base, np.ndarray):
+        data = data.base
+    return address_of(data)
+
+
 class CheckedArray:
     """An array as a kernel sees it: indexing, views, and what describes it.
 
@@ -172,11 +212,20 @@ class CheckedArray:
     storing to memory does: 3.9 becomes 3 and integers wrap.
     """
 
-    __slots__ = ("address", "axes", "data", "memory", "name")
+    __slots__ = ("address", "axes", "base", "data", "memory", "name", "root")
 
-    def __init__(self, data: np.ndarray, name: str, memory: Memory) -> None:
+    def __init__(
+        self,
+        data: np.ndarray,
+        name: str,
+        memory: Memory,
+        base: int | None = None,
+        root: str | None = None,
+    ) -> None:
+        """base is where the whole begins that data is a piece of, root its name."""
         self.data, self.name, self.memory = data, name, memory
         self.address = address_of(data)
+        self.base, self.root = self.address if base is None else base, root or name
         self.axes = tuple(zip(data.shape, data.strides, strict=True))
 
     shape = property(lambda self: self.data.shape)
@@ -218,6 +267,66 @@ class CheckedArray:
         old = self.data[index]
         self._store(index, change(old))
         return old
+
+    def read_vector(self, i: int, n: int) -> tuple:
+        """The n elements from i on, in one access of n times the itemsize in bytes.
+
+        For what is one load on a GPU. "Global memory instructions support reading or
+        writing words of size equal to 1, 2, 4, 8, or 16 bytes", and the address must be
+        a multiple of that size (CUDA C++ Programming Guide, Device Memory Accesses).
+        Addresses count from the beginning of the whole array, see `beginning`.
+
+        Raises AlignmentError, BoundsError if any of the n is outside, SimulatorError if
+        there is no such instruction, and whatever reading the elements one by one does.
+        """
+        i = self._touch_vector(READ, i, n)
+        return tuple(self.data[i : i + n])
+
+    def write_vector(self, i: int, values: Sequence[Any]) -> None:
+        """Store the values from i on, in one access. See `read_vector`."""
+        i = self._touch_vector(WRITE, i, len(values))
+        for place, value in enumerate(values, i):
+            self._store(place, value)
+
+    def _touch_vector(self, kind: int, i: int, n: int) -> int:
+        """Check and remember one access to several elements; i as Python's integer."""
+        first = i if type(i) is int else self._integer(i)
+        size = n * self.data.itemsize
+        if size not in WIDTHS or self.data.strides != (self.data.itemsize,):
+            raise self._no_vector(first, n)
+        if not 0 <= first <= len(self.data) - n:
+            raise self._out_of_bounds(slice(first, first + n))
+        address = self.address + first * self.data.itemsize
+        if (address - self.base) % size:
+            raise self._misaligned(kind, first, n)
+        self.memory.touch_vector(kind, self, address, first, n)
+        return first
+
+    def _no_vector(self, i: int, n: int) -> SimulatorError:
+        return report(
+            SimulatorError,
+            current(),
+            f"{self.name} has the shape {self.shape}, strides of {self.strides} bytes "
+            f"and {self.dtype}: {n} of it from {i} on are no one access.",
+            "One access takes 1, 2, 4, 8 or 16 bytes of neighbours along one axis.",
+            array=self.name,
+            index=i,
+        )
+
+    def _misaligned(self, kind: int, i: int, n: int) -> AlignmentError:
+        size, offset = n * self.dtype.itemsize, i * self.dtype.itemsize
+        offset += self.address - self.base
+        return report(
+            AlignmentError,
+            current(),
+            f"{VERBS[kind][0]} {self.element(slice(i, i + n))} at once, {size} bytes "
+            f"from byte {offset} of {self.root} on.",
+            f"A {size}-byte {('load', 'store')[kind]} needs an address that is a "
+            f"multiple of {size}: begin at a multiple of {n} elements, in an array and "
+            "in rows whose lengths are multiples of it too.",
+            array=self.name,
+            index=i,
+        )
 
     def _store(self, index: Any, value: Any) -> None:
         try:
@@ -293,7 +402,8 @@ class CheckedArray:
         )
 
     def _view(self, index: Any) -> "CheckedArray":
-        return CheckedArray(self.data[index], self.element(index), self.memory)
+        name = self.element(index)
+        return type(self)(self.data[index], name, self.memory, self.base, self.root)
 
     def _fill(self, index: Any, value: Any) -> None:
         """Store into each element of a view. Axes left out by oversight are no view."""

@@ -51,6 +51,10 @@ class BoundsError(SimulatorError):
     """An index outside the array, or the wrong number of indices."""
 
 
+class AlignmentError(SimulatorError):
+    """An access to several elements at once, at an address it cannot have."""
+
+
 class DivergenceError(SimulatorError):
     """A barrier, or an operation of a warp, that not all it waits for will reach."""
 

@@ -32,8 +32,9 @@ import numpy as np
 
 from minidsv3.gpu.binding import rebound
 from minidsv3.gpu.dialect import cuda, warp_operation
-from minidsv3.gpu.memory import CheckedArray, Memory
+from minidsv3.gpu.memory import CheckedArray, Memory, beginning
 from minidsv3.gpu.reports import (
+    AlignmentError,
     BoundsError,
     DivergenceError,
     RaceError,
@@ -43,6 +44,7 @@ from minidsv3.gpu.reports import (
 from minidsv3.gpu.threads import Block, Dim3, Launch, running
 
 __all__ = [
+    "AlignmentError",
     "BoundsError",
     "DivergenceError",
     "RaceError",
@@ -63,7 +65,8 @@ Order = str | int
 class Stats:
     """What a launch did. A barrier or an operation of a warp counts once for all.
 
-    Accesses are counted one a thread and element, atomics of both memories together.
+    Accesses are counted one a thread and instruction, so several elements that are read
+    at once count once, and atomics of both memories together.
     """
 
     blocks: int
@@ -176,7 +179,9 @@ def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
     names += names[-1:] * (len(args) - len(names))  # *args share theirs
     memory = Memory("global", run.traffic["global"], None)
     return [
-        CheckedArray(arg, name, memory) if isinstance(arg, np.ndarray) else arg
+        CheckedArray(arg, name, memory, beginning(arg))
+        if isinstance(arg, np.ndarray)
+        else arg
         for name, arg in zip(names, args, strict=False)
     ]
 
