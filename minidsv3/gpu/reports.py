@@ -105,6 +105,17 @@ def place_of(code: CodeType, instruction: int) -> Place:
     return Place(code.co_name, code.co_filename, code.co_firstlineno)
 
 
+def source_of(code: CodeType, instruction: int) -> str:
+    """The piece of a line that an instruction comes from; empty if it is not known."""
+    positions = [*code.co_positions()]
+    line, last, start, end = positions[instruction // 2]
+    if start is None or end is None or line != last:
+        return ""
+    linecache.checkcache(code.co_filename)
+    text = linecache.getline(code.co_filename, line).encode()  # counted in bytes
+    return text[start:end].decode()
+
+
 def raised_at(trace: TracebackType) -> Place:
     """The innermost line outside the simulator that an exception came through."""
     places = []
