@@ -10,6 +10,10 @@ out of bounds, which threads never reach the barrier. In reading order:
     threads     threads, warps and blocks: who runs, who waits, who has seen what
     warps       shuffles and votes, as functions of the lanes' values
     memory      arrays that check every access
+    races       who touched what, and what orders the two
     binding     a kernel written against Numba's cuda, made to see ours
     reports     the errors, and where in the kernel they happened
+    watching    who did what at which instruction, in which turn
+    counts      sectors and passes: what a warp's accesses take
+    traces      one warp's steps, for a reader to go through
 """

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from minidsv3.gpu.memory import CheckedArray, Memory
+from minidsv3.gpu.memory import CheckedArray
+from minidsv3.gpu.races import Memory
 from minidsv3.gpu.reports import (
     DivergenceError,
     SimulatorError,
@@ -64,7 +65,8 @@ class _Shared:
         if array is None:
             make = _dynamic if shape == (0,) else _poisoned
             data, memory = make(block, shape, dtype)
-            array = block.shared[site] = CheckedArray(data, _variable(site), memory)
+            make = block.launch.array
+            array = block.shared[site] = make(data, _variable(site), memory)
         if array.dtype != dtype or shape not in ((0,), array.shape):
             _refuse(
                 f"asks here for {shape} of {dtype}, and another thread did for "
@@ -84,7 +86,7 @@ class _Local:
         block, frame = current().block, kernel_frame()
         name = _variable((frame.f_code, frame.f_lasti), "local")
         data, memory = _poisoned(block, _shape(shape), _dtype(dtype), "local")
-        return CheckedArray(data, name, memory)
+        return block.launch.array(data, name, memory)
 
 
 def _refuse(what: str, advice: str) -> NoReturn:

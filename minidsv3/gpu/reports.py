@@ -51,6 +51,10 @@ class BoundsError(SimulatorError):
     """An index outside the array, or the wrong number of indices."""
 
 
+class AlignmentError(SimulatorError):
+    """An access to several elements at once, at an address it cannot have."""
+
+
 class DivergenceError(SimulatorError):
     """A barrier, or an operation of a warp, that not all it waits for will reach."""
 
@@ -99,6 +103,17 @@ def place_of(code: CodeType, instruction: int) -> Place:
         if start <= instruction < end and line is not None:
             return Place(code.co_name, code.co_filename, line)
     return Place(code.co_name, code.co_filename, code.co_firstlineno)
+
+
+def source_of(code: CodeType, instruction: int) -> str:
+    """The piece of a line that an instruction comes from; empty if it is not known."""
+    positions = [*code.co_positions()]
+    line, last, start, end = positions[instruction // 2]
+    if start is None or end is None or line != last:
+        return ""
+    linecache.checkcache(code.co_filename)
+    text = linecache.getline(code.co_filename, line).encode()  # counted in bytes
+    return text[start:end].decode()
 
 
 def raised_at(trace: TracebackType) -> Place:

@@ -24,16 +24,19 @@ import inspect
 import operator
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 from minidsv3.gpu.binding import numbas, rebound
+from minidsv3.gpu.counts import Access, Counts, table
 from minidsv3.gpu.dialect import cuda, warp_operation
-from minidsv3.gpu.memory import CheckedArray, Memory
+from minidsv3.gpu.memory import CheckedArray, beginning
+from minidsv3.gpu.races import Memory
 from minidsv3.gpu.reports import (
+    AlignmentError,
     BoundsError,
     DivergenceError,
     RaceError,
@@ -41,13 +44,19 @@ from minidsv3.gpu.reports import (
     UninitialisedError,
 )
 from minidsv3.gpu.threads import Block, Dim3, Launch, running
+from minidsv3.gpu.traces import Step, Trace, Tracer
+from minidsv3.gpu.watching import Watch, WatchedArray
 
 __all__ = [
+    "Access",
+    "AlignmentError",
     "BoundsError",
     "DivergenceError",
     "RaceError",
     "SimulatorError",
     "Stats",
+    "Step",
+    "Trace",
     "UninitialisedError",
     "cuda",
     "launch",
@@ -63,7 +72,8 @@ Order = str | int
 class Stats:
     """What a launch did. A barrier or an operation of a warp counts once for all.
 
-    Accesses are counted one a thread and element, atomics of both memories together.
+    Accesses are counted one a thread and instruction, so several elements that are read
+    at once count once, and atomics of both memories together.
     """
 
     blocks: int
@@ -75,6 +85,15 @@ class Stats:
     shared_reads: int
     shared_writes: int
     atomics: int
+    accesses: tuple[Access, ...] = ()
+    trace: Trace | None = None
+
+    def table(self) -> str:
+        """The accesses, which count=True counts, as text for people."""
+        return table(self.accesses)
+
+    def __str__(self) -> str:
+        return self.table() if self.accesses else repr(self)
 
 
 def launch(
@@ -84,6 +103,8 @@ def launch(
     *args: Any,
     order: Order = "rising",
     dynamic_shared: int = 0,
+    count: bool = False,
+    trace: tuple[int | tuple[int, ...], int] | None = None,
 ) -> Stats:
     """Run ``kernel(*args)`` in every thread of every block; arrays change in place.
 
@@ -93,6 +114,11 @@ def launch(
     first, among blocks and among threads: "rising", "falling", or an integer, the seed
     of a random order; a correct kernel does not care. dynamic_shared is the number of
     bytes behind ``cuda.shared.array(0, dtype)``.
+
+    count=True also counts what each instruction asks of memory: `Stats.accesses`.
+    trace=(block, warp) records what the lanes of that warp do, step by step:
+    `Stats.trace`. Both take time. An array's memory begins at a multiple of 256 bytes,
+    see `memory.beginning`.
 
     Raises a `SimulatorError` that says what is wrong and where. An exception of the
     kernel's own comes through as it is, with a note on who raised it and where. The
@@ -111,6 +137,7 @@ def launch(
         arranged=_arrangement(order),
         dynamic_shared=operator.index(dynamic_shared),
         greenlet=_greenlet(),
+        array=WatchedArray if count or trace else CheckedArray,
     )
     if run.block.x * run.block.y * run.block.z > MOST_THREADS:
         raise SimulatorError(
@@ -118,10 +145,22 @@ def launch(
             "Launch more blocks instead."
         )
     run.entry = _entry(function, _checked(function, args, run))
+    counts = Counts() if count else None
+    tracer = _tracer(run, trace) if trace else None
+    if counts or tracer:
+        run.watch = Watch(*[each.hear for each in (counts, tracer) if each])
     indices, places = run.block.indices(), run.grid.indices()
     for index in run.arranged(places):
         Block(run, index, indices).run()
-    return _stats(run, len(places), len(indices))
+        if run.watch:
+            run.watch.end_block()
+        if counts:
+            counts.end_block()
+    return replace(
+        _stats(run, len(places), len(indices)),
+        accesses=counts.accesses() if counts else (),
+        trace=tracer.trace() if tracer else None,
+    )
 
 
 def _greenlet() -> type:
@@ -146,6 +185,20 @@ def _extent(what: str, size: Extent) -> Dim3:
             f"{what} is {size!r}: it must be a positive integer or up to three of them"
         )
     return extent
+
+
+def _tracer(run: Launch, trace: Any) -> Tracer:
+    """Who records the warp that ``trace=(block, warp)`` names."""
+    try:
+        block, warp = trace
+        index = block if isinstance(block, tuple | list) else (block,)
+        index = [*map(operator.index, index)] + [0] * (3 - len(index))
+        return Tracer(run, Dim3(*index), operator.index(warp))
+    except (TypeError, ValueError):
+        raise SimulatorError(
+            f"trace is {trace!r}: it must be (block, warp), a block's index, an "
+            "integer or up to three of them, and a warp's number in it"
+        ) from None
 
 
 def _arrangement(order: Order) -> Callable[[list], list]:
@@ -176,7 +229,9 @@ def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
     names += names[-1:] * (len(args) - len(names))  # *args share theirs
     memory = Memory("global", run.traffic["global"], None)
     return [
-        CheckedArray(arg, name, memory) if isinstance(arg, np.ndarray) else arg
+        run.array(arg, name, memory, beginning(arg))
+        if isinstance(arg, np.ndarray)
+        else arg
         for name, arg in zip(names, args, strict=False)
     ]
 

@@ -65,7 +65,10 @@ def _traffic() -> dict[str, list[int]]:
 
 @dataclass
 class Launch:
-    """What the blocks of one launch have in common, and what is counted on the way."""
+    """What the blocks of one launch have in common, and what is counted on the way.
+
+    array is what arrays are made of, and watch the `watching.Watch`, if there is one.
+    """
 
     kernel: str
     entry: Callable[[], Any]
@@ -74,6 +77,8 @@ class Launch:
     arranged: Callable[[list], list]
     dynamic_shared: int
     greenlet: type
+    array: type
+    watch: Any = None
     barriers: int = 0
     warp_operations: int = 0
     traffic: dict[str, list[int]] = field(default_factory=_traffic)
@@ -121,11 +126,15 @@ class Thread:
     def barrier(self) -> None:
         """Wait for all threads of the block."""
         self._wait(Request("syncthreads", None, calls()))
+        if self.block.launch.watch:
+            self.block.launch.watch.meeting("syncthreads", None, None, None)
 
     def warp_operation(self, op: str, mask: int, operands: tuple) -> Any:
         """Hand in operands, wait for the lanes in the mask, and take the answer."""
         self.operands = operands
         self._wait(Request(op, mask, calls()))
+        if self.block.launch.watch:
+            self.block.launch.watch.meeting(op, mask, operands, self.answer)
         return self.answer
 
     def look_again(self) -> None:
@@ -203,8 +212,9 @@ class Block:
         self.epoch = 0
         self.shared: dict[Any, Any] = {}
         self.threads = [Thread(self, n, i) for n, i in enumerate(indices)]
-        for start in range(0, len(indices), WARP_SIZE):
-            warp = self.threads[start : start + WARP_SIZE]
+        starts = range(0, len(indices), WARP_SIZE)
+        self.warps = [self.threads[start : start + WARP_SIZE] for start in starts]
+        for warp in self.warps:
             for thread in warp:
                 thread.warp = warp
 
