@@ -45,7 +45,9 @@ def rebound(
     if not isinstance(function, FunctionType):
         return thing
     if function not in made:
-        _copy(function, seen, made, (lambda copy: copy) if outermost else device, device)
+        _copy(
+            function, seen, made, (lambda copy: copy) if outermost else device, device
+        )
     return made[function]
 
 

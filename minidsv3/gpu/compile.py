@@ -131,7 +131,9 @@ def compiled(
         cubin = library.get_cubin(cc=ARCHITECTURES[architecture])
         code = bytes(getattr(cubin, "code", cubin))
         parameters = _parameters(library.get_asm_str(), built.entry_name)
-    return _examined(function.__name__, built.entry_name, architecture, code, parameters)
+    return _examined(
+        function.__name__, built.entry_name, architecture, code, parameters
+    )
 
 
 def for_numba(kernel: Callable[..., None]) -> FunctionType:

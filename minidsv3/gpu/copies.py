@@ -73,12 +73,12 @@ class Copies:
                 n = len(copy.values)
                 copy.tile.memory.release(copy.tile, copy.i, n)
                 again = copy.source.read_vector(copy.j, n)
-                copy.tile.write_vector(
-                    copy.i, copy.values if self.at_issue else again
-                )
+                copy.tile.write_vector(copy.i, copy.values if self.at_issue else again)
 
 
-def still_copying(array: CheckedArray, index: Any, thread: Thread, by: Thread) -> RaceError:
+def still_copying(
+    array: CheckedArray, index: Any, thread: Thread, by: Thread
+) -> RaceError:
     """Somebody touches the target of a copy that nobody has waited for."""
     return report(
         RaceError,

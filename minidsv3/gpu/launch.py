@@ -50,6 +50,8 @@ def launch(
     side is not there, and in the simulator what `simulator.launch` raises.
     """
     device = _device(args)
+    if 0 in _three(grid):
+        return  # no work
     if device.type == "cuda":
         _on_gpu(kernel, grid, block, args, dynamic_shared, device)
         return
@@ -128,7 +130,10 @@ def _three(extent: Extent) -> tuple[int, ...]:
 
 @lru_cache(maxsize=None)
 def _loaded(
-    kernel: Callable[..., None], signature: str, capability: tuple[int, int], device: int
+    kernel: Callable[..., None],
+    signature: str,
+    capability: tuple[int, int],
+    device: int,
 ) -> "Loaded":
     """The kernel compiled for a GPU and loaded there, once."""
     from minidsv3.gpu.compile import architecture, compiled
@@ -158,9 +163,7 @@ class Loaded:
     of which a launch changes only what it must.
     """
 
-    def __init__(
-        self, driver: Any, cubin: bytes, entry: str, signature: str
-    ) -> None:
+    def __init__(self, driver: Any, cubin: bytes, entry: str, signature: str) -> None:
         self.driver, self.entry, self.words = driver, entry, signature.split()
         module = self._asked("cuModuleLoadData", cubin)
         self.function = self._asked("cuModuleGetFunction", module, entry.encode())
@@ -173,8 +176,6 @@ class Loaded:
         args: Sequence[Any],
     ) -> None:  # fmt: skip
         """Start on a stream; args are (address, elements) and NumPy scalars."""
-        if 0 in grid:
-            return  # no work, which the driver calls an error
         if dynamic_shared > self.shared:
             attribute = self.driver.CUfunction_attribute
             which = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

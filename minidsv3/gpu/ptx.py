@@ -117,7 +117,9 @@ def _flat(*arrays: Any) -> bool:
 
 def _holds(array: Any) -> int | None:
     """Bytes of an element if an array may hold a kernel's numbers."""
-    return {types.float32: 4, types.uint16: 2}.get(array.dtype) if _flat(array) else None
+    return (
+        {types.float32: 4, types.uint16: 2}.get(array.dtype) if _flat(array) else None
+    )
 
 
 def _vector(builder: Any, pointer: ir.Value) -> ir.Value:

@@ -207,7 +207,9 @@ def rope_fast(
 def swiglu_fast(gate: Any, up: Any, h: Any, n: uint32) -> None:
     """``h = silu(gate) * up``, n numbers, a multiple of 8; a thread takes eight."""
     a, b = cuda.local.array(8, float32), cuda.local.array(8, float32)
-    thread = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+    thread = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(
+        cuda.threadIdx.x
+    )
     i = uint64(8) * thread
     if i < uint64(n):
         load8(gate, i, a, 0)
@@ -223,7 +225,9 @@ def swiglu_backward_fast(
     """The gradient of `swiglu_fast`; eight numbers a thread."""
     above = cuda.local.array(8, float32)
     a, b = cuda.local.array(8, float32), cuda.local.array(8, float32)
-    thread = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+    thread = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(
+        cuda.threadIdx.x
+    )
     i = uint64(8) * thread
     if i < uint64(n):
         load8(dh, i, above, 0)
