@@ -101,7 +101,8 @@ def in_steps(lanes: list[list[Event]]) -> list[list[Event]]:
 
     A step waits until all its lanes have come to it; of several that could go on, the
     one that stands first in the program does. Where lanes wait for each other, having
-    gone through the same lines in another order, that one goes without the rest.
+    gone through the same lines in another order, those go alone that did theirs the
+    fewest times: they are behind, so a loop's lanes are together at its next turn.
     """
     missing = Counter(event.turn for events in lanes for event in events)
     heads = [iter(events) for events in lanes]
@@ -111,7 +112,10 @@ def in_steps(lanes: list[list[Event]]) -> list[list[Event]]:
     steps = []
     while waiting:
         complete = [t for t, events in waiting.items() if len(events) == missing[t]]
-        turn = min(complete or waiting, key=lambda turn: turn.site.order)
+        if complete:
+            turn = min(complete, key=lambda turn: turn.site.order)
+        else:
+            turn = min(waiting, key=lambda turn: (turn.time, turn.site.order))
         step = waiting.pop(turn)
         missing[turn] -= len(step)
         steps.append(sorted(step, key=lambda event: event.thread.lane))
