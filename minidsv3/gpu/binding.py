@@ -45,9 +45,8 @@ def rebound(
     if not isinstance(function, FunctionType):
         return thing
     if function not in made:
-        _copy(
-            function, seen, made, (lambda copy: copy) if outermost else device, device
-        )
+        wrap = (lambda copy: copy) if outermost else device
+        _copy(function, seen, made, wrap, device)
     return made[function]
 
 

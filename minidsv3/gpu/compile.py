@@ -16,6 +16,7 @@ compile, a stand-in answers, and this is the only place that touches its insides
 
 import contextlib
 import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -41,9 +42,15 @@ NEEDED = (
     "'minidsv3[cuda]' (Linux, Windows). Without them a kernel runs in "
     "minidsv3.gpu.simulator."
 )
-INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+RESERVED = {"sm_90a": 1024}
+"""Shared memory that cuobjdump counts and no kernel has: the driver keeps it."""
+INSTRUCTION = (
+    re.compile(  # what is under @!PT is never done: padding of the assembler's
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(?!!U?PT\b)!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)",
+        re.MULTILINE,
+    )
 )
+IN_DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP?|MNMX|MMA)\b|.*\.F64\b|MUFU\..*64H\b")
 
 
 class CompilerError(Exception):
@@ -57,6 +64,8 @@ class Compiled:
     registers: 32-bit, a thread. stack, spilled: bytes a thread keeps in memory because
     it has not enough of them. shared: static bytes a block. parameters: their sizes in
     bytes, in order. instructions: how often each stands in the code, by its full name.
+
+    Built again, a kernel is the same but for its entry's name, in which Numba counts.
     """
 
     kernel: str
@@ -96,8 +105,8 @@ class Compiled:
     @property
     def doubles(self) -> int:
         """Operations in float64: in our kernels always a constant somebody forgot."""
-        names = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "F2F.F64", "F2F.F32.F64")
-        return self.count(*names)
+        found = self.instructions.items()
+        return sum(n for name, n in found if IN_DOUBLE.match(name))
 
 
 def compiled(
@@ -120,13 +129,16 @@ def compiled(
             f"architecture {architecture!r}: known are {', '.join(ARCHITECTURES)}"
         )
     numba_cuda = _numba_cuda()
-    function = for_numba(kernel)
+    function, types = for_numba(kernel), _types(signature)
+    if len(types) != function.__code__.co_argcount:
+        raise ValueError(
+            f"the signature {signature!r} has {len(types)} words, and "
+            f"{function.__name__} has {function.__code__.co_argcount} parameters"
+        )
     options = {"max_registers": max_registers, "fastmath": fastmath}
     with _stand_in(ARCHITECTURES[architecture][:2]):
         dispatcher = numba_cuda.jit(**options)(function)
-        built = _kernel_class()(
-            dispatcher.py_func, _types(signature), **dispatcher.targetoptions
-        )
+        built = _kernel_class()(dispatcher.py_func, types, **dispatcher.targetoptions)
         library = built._codelibrary
         cubin = library.get_cubin(cc=ARCHITECTURES[architecture])
         code = bytes(getattr(cubin, "code", cubin))
@@ -136,8 +148,25 @@ def compiled(
     )
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """The architecture to compile for on a GPU of this capability: (9, 0) -> sm_90a.
+
+    Raises CompilerError for a GPU that none of `ARCHITECTURES` runs on.
+    """
+    for name, (*digits, _) in ((n, (*c, "")[:3]) for n, c in ARCHITECTURES.items()):
+        if tuple(digits) == tuple(capability):
+            return name
+    major, minor = capability
+    if major == 8:  # code for 8.0 runs on every later 8.x
+        return "sm_80"
+    raise CompilerError(
+        f"the GPU here has compute capability {major}.{minor}; kernels are built for "
+        f"{', '.join(ARCHITECTURES)}. On the processor's tensors they are simulated."
+    )
+
+
 def for_numba(kernel: Callable[..., None]) -> FunctionType:
-    """A kernel as Numba shall see it: its own cuda, and an instruction for each twin."""
+    """A kernel as Numba shall see it: its own cuda, an instruction for each twin."""
     from numba import cuda
 
     from minidsv3.gpu import ptx
@@ -212,9 +241,10 @@ def _stand_in(capability: tuple[int, int]) -> Iterator[None]:
     context = SimpleNamespace(device=device)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(mock.patch.object(devices, "get_context", lambda number=None: context))
+        enter(mock.patch.object(devices, "get_context", return_value=context))
         for module in (api, compiler, dispatcher):
-            enter(mock.patch.object(module, "get_current_device", lambda: device))
+            name = "get_current_device"
+            enter(mock.patch.object(module, name, return_value=device))
         yield
 
 
@@ -259,8 +289,8 @@ def _examined(
         usage = _tool("-res-usage", path)
         sass = _tool("-sass", path)
     found = re.search(
-        r"REG:(?P<REG>\d+) STACK:(?P<STACK>\d+) SHARED:(?P<SHARED>\d+)"
-        r" LOCAL:(?P<LOCAL>\d+)",
+        rf"Function {re.escape(entry)}:\s+REG:(?P<REG>\d+) STACK:(?P<STACK>\d+)"
+        r" SHARED:(?P<SHARED>\d+) LOCAL:(?P<LOCAL>\d+)",
         usage,
     )
     if not found:
@@ -274,7 +304,7 @@ def _examined(
         registers=int(found["REG"]),
         stack=int(found["STACK"]),
         local=int(found["LOCAL"]),
-        shared=int(found["SHARED"]),
+        shared=max(0, int(found["SHARED"]) - RESERVED.get(architecture, 0)),
         parameters=parameters,
         instructions=Counter(INSTRUCTION.findall(sass)),
     )
@@ -288,7 +318,7 @@ def _tool(option: str, path: Path) -> str:
         [program, option, path],
         capture_output=True,
         text=True,
-        env={"PATH": str(folders["nvdisasm"])},
+        env=os.environ | {"PATH": str(folders["nvdisasm"])},
     )
     if answer.returncode:
         raise CompilerError(f"cuobjdump {option} failed: {answer.stderr.strip()}")

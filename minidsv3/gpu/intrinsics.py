@@ -1,7 +1,7 @@
-"""What a kernel may say beyond Numba's ``cuda``: wide loads, bf16, tensor cores, copies.
+"""What a kernel may say beyond ``cuda``: wide loads, bf16, tensor cores, copies.
 
-A kernel calls these functions by name. In the simulator they are what stands here: plain
-Python, with every access checked. The compiler replaces each by the machine's own
+A kernel calls these functions by name. In the simulator they are what stands here:
+plain Python, with every access checked. The compiler replaces each by the machine's own
 instruction, see `ptx`. Arrays are one-dimensional; an index counts elements.
 
 Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper half of
@@ -132,7 +132,7 @@ def ldmatrix4(tile: Any, i: int) -> Words:
 
 
 def ldmatrix4_transposed(tile: Any, i: int) -> Words:
-    """`ldmatrix4` with each matrix transposed: lane l holds of column l / 4 two rows."""
+    """`ldmatrix4`, each matrix transposed: lane l holds of column l / 4 two rows."""
     return warp_operation("ldmatrix_transposed", FULL_MASK, tile.read_vector(i, 4))
 
 
@@ -144,8 +144,9 @@ def mma_bf16(
     """``D = A B + C`` on the tensor cores: A 16 × 16, B 16 × 8, bfloat16; C, D float32.
 
     With g = lane / 4 and t = lane mod 4, a lane's words hold A[g, 2t:2t+2], A[g+8, …],
-    A[g, 2t+8:2t+10], A[g+8, …], and B[2t:2t+2, g], B[2t+8:2t+10, g]; its floats C[g, 2t],
-    C[g, 2t+1], C[g+8, 2t], C[g+8, 2t+1]. Source: PTX ISA, ``mma.sync.m16n8k16``.
+    A[g, 2t+8:2t+10], A[g+8, …], and B[2t:2t+2, g], B[2t+8:2t+10, g]; its floats
+    C[g, 2t], C[g, 2t+1], C[g+8, 2t], C[g+8, 2t+1]. Source: PTX ISA,
+    ``mma.sync.m16n8k16``.
     """
     return warp_operation(
         "mma_bf16", FULL_MASK, (c0, c1, c2, c3), (a0, a1, a2, a3), (b0, b1)
@@ -156,11 +157,12 @@ def mma_bf16(
 
 
 def copy_async16(tile: Any, i: int, source: Any, j: int) -> None:
-    """Begin to copy 16 bytes from ``source[j:]`` in global memory to shared ``tile[i:]``.
+    """Begin to copy 16 bytes of global memory, ``source[j:]``, to shared ``tile[i:]``.
 
-    Both arrays have the same dtype; both addresses are multiples of 16 bytes. Nobody may
-    touch the target before the copying thread has waited for its group (`wait_copies`)
-    and a barrier has shown it to the others. Source: PTX ISA, ``cp.async.cg``.
+    Both arrays have the same dtype; both addresses are multiples of 16 bytes. Nobody
+    may touch the target before the copying thread has waited for its group
+    (`wait_copies`) and a barrier has shown it to the others. Source: PTX ISA,
+    ``cp.async.cg``.
     """
     current().copies.begin(tile, i, source, j)
 

@@ -14,7 +14,7 @@ Scalars are NumPy's, ``uint32(n)``, ``float32(eps)``, so that their type is cert
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def _three(extent: Extent) -> tuple[int, ...]:
     return (*sizes, 1, 1)[:3]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loaded(
     kernel: Callable[..., None],
     signature: str,
@@ -218,7 +218,7 @@ class Loaded:
         self.buffers.address = ctypes.addressof(pointers)
 
     def _asked(self, name: str, *args: Any) -> Any:
-        """What the driver answers. Raises LaunchError with its word for what is wrong."""
+        """What the driver answers. Raises LaunchError with its reason."""
         error, *answer = getattr(self.driver, name)(*args)
         if int(error):
             raise LaunchError(f"{name} of {self.entry}: {error!r}")

@@ -11,13 +11,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.core.errors import RequireLiteralValue
+from numba.cuda.core.errors import RequireLiteralValue, TypingError
 from numba.cuda.extending import intrinsic
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 FOUR_WORDS = ir.LiteralStructType([I32] * 4)
 FOUR_FLOATS = ir.LiteralStructType([F32] * 4)
+SHARED = 3  # LLVM's number for a block's shared memory
 
 Generate = Callable[..., ir.Value]
 
@@ -26,10 +27,16 @@ def _asm(
     builder: ir.IRBuilder, result: ir.Type, text: str, constraints: str,
     arguments: Sequence[ir.Value], effect: bool = False,
 ) -> ir.Value:  # fmt: skip
-    """One line of PTX. effect: it does more than compute its result."""
+    """One line of PTX. effect: it does more than compute its result.
+
+    What has .sync in its name is done by all lanes of a warp at once: the compiler may
+    then move it into no branch, out of none, and double or drop it nowhere.
+    """
     function = ir.FunctionType(result, [a.type for a in arguments])
-    call = ir.InlineAsm(function, text, constraints, side_effect=effect)
-    return builder.call(call, arguments)
+    together = ".sync." in text
+    line = ir.InlineAsm(function, text, constraints, side_effect=effect or together)
+    attributes = ["convergent"] if together else [] if effect else ["readnone"]
+    return builder.call(line, arguments, attrs=attributes)
 
 
 def _elementwise(text: str, result: Any, *arguments: Any) -> Any:
@@ -105,7 +112,7 @@ def float_of(typing_context, bits):
 def _element(context: Any, builder: Any, kind: Any, array: Any, i: Any) -> ir.Value:
     """The address of element i of a one-dimensional contiguous array."""
     data = context.make_array(kind)(context, builder, array).data
-    return builder.gep(data, [builder.zext(i, I64) if i.type != I64 else i])
+    return builder.gep(data, [i])
 
 
 def _flat(*arrays: Any) -> bool:
@@ -251,11 +258,9 @@ def _shared_address(
     context: Any, builder: Any, kind: Any, tile: Any, i: Any
 ) -> ir.Value:
     """The 32-bit address of ``tile[i]`` in shared memory."""
-    data = context.make_array(kind)(context, builder, tile).data
-    text = "{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }"
-    base = _asm(builder, I32, text, "=r,l", [builder.ptrtoint(data, I64)])
-    size = I32(kind.dtype.bitwidth // 8)
-    return builder.add(base, builder.mul(builder.trunc(i, I32), size))
+    element = _element(context, builder, kind, tile, i)
+    inside = ir.PointerType(element.type.pointee, addrspace=SHARED)
+    return builder.ptrtoint(builder.addrspacecast(element, inside), I32)
 
 
 def _ldmatrix(modifier: str) -> Any:
@@ -333,6 +338,8 @@ def wait_copies(typing_context, pending):
     """``cp.async.wait_group``, whose number is part of the instruction."""
     if not isinstance(pending, types.IntegerLiteral):
         raise RequireLiteralValue("wait_copies takes a constant")
+    if pending.literal_value < 0:
+        raise TypingError("wait_copies takes the number of groups that may be pending")
 
     def generate(context, builder, signature, values):
         text = f"cp.async.wait_group {pending.literal_value};"

@@ -1,8 +1,8 @@
 r"""The primitives on Numba CUDA kernels, as operations of PyTorch.
 
-What `torch_port` says with torch's own operations, computed by our kernels: on a GPU by
-the GPU, on tensors of the processor by the simulator (`minidsv3.gpu.launch`). Each is an
-operator that torch knows by name, with a gradient of ours, so ``backward()``,
+What `torch_port` says with torch's own operations, computed by our kernels: on a GPU
+by the GPU, on tensors of the processor by the simulator (`minidsv3.gpu.launch`). Each
+is an operator that torch knows by name, with a gradient of ours, so ``backward()``,
 ``torch.compile`` and CUDA graphs take it as it is. Where rows are multiples of eight
 numbers and begin at multiples of 16 bytes it is a kernel of `fast_cuda_kernels`, else
 of `plain_cuda_kernels`. Tensors are float32 or bfloat16; arithmetic is in float32.

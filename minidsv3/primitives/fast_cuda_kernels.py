@@ -1,10 +1,10 @@
 r"""The primitives as kernels near the speed of the memory: 16 bytes at a time.
 
 The same work as in `plain_cuda_kernels`, and what is done for speed: every load and
-store moves 16 bytes; a row is read once and stays in registers; sums go through shuffles
-and two barriers. Rows and arrays begin at multiples of 16 bytes, and their widths are
-multiples of 8. How many vectors of eight a thread keeps must be a constant for the
-compiler, so kernels over rows are made by a function of that number.
+store moves 16 bytes; a row is read once and stays in registers; sums go through
+shuffles and two barriers. Rows and arrays begin at multiples of 16 bytes, and their
+widths are multiples of 8. How many vectors of eight a thread keeps must be a constant
+for the compiler, so kernels over rows are made by a function of that number.
 """
 
 import math
@@ -248,8 +248,8 @@ def cross_entropy_fast(
     r"""`numpy_ref.cross_entropy_forward` of each row, in one reading; a block a row.
 
     Online softmax: a thread keeps the largest number it has seen and the sum of
-    :math:`2^{z - \max}` of all it has seen; where a larger one comes, the sum shrinks by
-    :math:`2^{old - new}`. Here z are logits times log2(e). As in
+    :math:`2^{z - \max}` of all it has seen; where a larger one comes, the sum shrinks
+    by :math:`2^{old - new}`. Here z are logits times log2(e). As in
     `plain_cuda_kernels.cross_entropy_plain`, a target outside the row gives NaN.
     """
     scratch = cuda.shared.array(32, float32)
@@ -280,7 +280,7 @@ def cross_entropy_fast(
 def cross_entropy_backward_fast(
     logits: Any, targets: Any, log_sums: Any, dlosses: Any, width: uint32
 ) -> None:
-    r"""``dz = (softmax(z) - onehot) dloss`` in the place of the logits; a block a row."""
+    """``dz = (softmax(z) - onehot) dloss`` in the place of logits; a block a row."""
     z = cuda.local.array(8, float32)
     row = uint64(cuda.blockIdx.x) * uint64(width)
     log_sum, dloss = log_sums[cuda.blockIdx.x], dlosses[cuda.blockIdx.x]

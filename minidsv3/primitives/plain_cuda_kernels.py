@@ -2,8 +2,9 @@ r"""The primitives as kernels, written as plainly as CUDA allows: one number at 
 
 These are for reading, and for shapes that the fast ones of `cuda_kernels` do not take.
 Every kernel is a plain function in Numba's dialect. It runs in `gpu.simulator`, and
-`gpu.launch` compiles it for a GPU. Numbers are float32, or bfloat16 as its bits; `load1`
-and `store1` know which. Rows of a matrix lie one after the other in a flat array.
+`gpu.launch` compiles it for a GPU. Numbers are float32, or bfloat16 as its bits;
+`load1` and `store1` know which. Rows of a matrix lie one after the other in a flat
+array.
 """
 
 import math
@@ -153,7 +154,7 @@ def swiglu_plain(gate: Any, up: Any, h: Any, n: uint32) -> None:
 def swiglu_backward_plain(
     dh: Any, gate: Any, up: Any, dgate: Any, dup: Any, n: uint32
 ) -> None:
-    r"""``dgate = dh up σ(1 + a(1 - σ))``, ``dup = dh a σ``, n numbers, a thread each."""
+    """``dgate = dh up σ(1 + a(1 - σ))``, ``dup = dh a σ``; n numbers, a thread each."""
     i = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
     if i < uint64(n):
         a, above = load1(gate, i), load1(dh, i)
@@ -194,7 +195,7 @@ def cross_entropy_plain(
 def cross_entropy_backward_plain(
     logits: Any, targets: Any, log_sums: Any, dlosses: Any, width: uint32
 ) -> None:
-    r"""``dz = (softmax(z) - onehot) dloss`` in the place of the logits; a block a row."""
+    """``dz = (softmax(z) - onehot) dloss`` in the place of logits; a block a row."""
     row = uint64(cuda.blockIdx.x) * uint64(width)
     log_sum, dloss = log_sums[cuda.blockIdx.x], dlosses[cuda.blockIdx.x]
     target = targets[cuda.blockIdx.x]
