@@ -99,6 +99,9 @@ def add_rmsnorm_fast(vectors: int) -> Kernel:
             i = first + uint32(k) * step
             if i < width:
                 load8(x, row + uint64(i), kept, 8 * k)
+        for k in range(vectors):  # under one condition, the two would wait in pairs
+            i = first + uint32(k) * step
+            if i < width:
                 load8(residual, row + uint64(i), other, 8 * k)
         squares = float32(0)
         for e in range(kept_size):
