@@ -247,6 +247,10 @@ class Cuda:
 
     def grid(self, ndim: int) -> int | tuple[int, ...]:
         """The thread's index in the whole grid, along ndim = 1, 2 or 3 axes."""
+        if ndim == 1:  # what most kernels begin with
+            thread = current()
+            block = thread.block
+            return block.index[0] * block.launch.block[0] + thread.index[0]
         return _axes(
             ndim,
             (

@@ -21,6 +21,7 @@ from minidsv3.gpu.races import (
 from minidsv3.gpu.reports import AlignmentError, BoundsError, SimulatorError, report
 from minidsv3.gpu.threads import current
 
+INTEGERS = {int, *(np.dtype(f"{sign}{n}").type for sign in "iu" for n in (1, 2, 4, 8))}
 WIDTHS = (1, 2, 4, 8, 16)  # bytes that one instruction can load or store
 
 
@@ -175,12 +176,19 @@ class CheckedArray:
 
     def locate(self, index: Any) -> int | None:
         """The address of an element; None if the index means a view."""
+        if type(index) in INTEGERS and len(self.axes) == 1:  # the short way for most
+            n, stride = self.axes[0]
+            if 0 <= (i := int(index)) < n:
+                return self.address + i * stride
+            raise self._out_of_bounds(index)
         indices = index if type(index) is tuple else (index,)
         if len(indices) != len(self.axes):
             return self._check_view(indices)
         address = self.address
         for i, (n, stride) in zip(indices, self.axes, strict=True):
-            if type(i) is not int:
+            if type(i) in INTEGERS:
+                i = int(i)
+            else:
                 if isinstance(i, slice) or i is Ellipsis:
                     return self._check_view(indices)
                 i = self._integer(i)

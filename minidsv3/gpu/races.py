@@ -98,7 +98,7 @@ class Memory:
             cell[kind] = {thread: access}
             return
         for other in CLASHES[kind]:
-            for past in cell[other].values():
+            for past in cell[other].values() if cell[other] else ():
                 if not happened_before(past[0], thread):
                     raise _race(kind, other, past, array, index)
         if kind == WRITE:  # whoever is ordered after this is ordered after all before

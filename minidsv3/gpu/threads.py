@@ -22,6 +22,8 @@ from minidsv3.gpu.reports import (
     DivergenceError,
     Place,
     SimulatorError,
+    call_key,
+    call_path,
     calls,
     raised_at,
     report,
@@ -81,6 +83,7 @@ class Launch:
     watch: Any = None
     barriers: int = 0
     warp_operations: int = 0
+    requests: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
     traffic: dict[str, list[int]] = field(default_factory=_traffic)
 
 
@@ -125,17 +128,24 @@ class Thread:
 
     def barrier(self) -> None:
         """Wait for all threads of the block."""
-        self._wait(Request("syncthreads", None, calls()))
+        self._wait(self._request("syncthreads", None))
         if self.block.launch.watch:
             self.block.launch.watch.meeting("syncthreads", None, None, None)
 
     def warp_operation(self, op: str, mask: int, operands: tuple) -> Any:
         """Hand in operands, wait for the lanes in the mask, and take the answer."""
         self.operands = operands
-        self._wait(Request(op, mask, calls()))
+        self._wait(self._request(op, mask))
         if self.block.launch.watch:
             self.block.launch.watch.meeting(op, mask, operands, self.answer)
         return self.answer
+
+    def _request(self, op: str, mask: int | None) -> Request:
+        """The request from where the thread is, made once for each such place."""
+        key, made = (op, mask, call_key()), self.block.launch.requests
+        if key not in made:
+            made[key] = Request(op, mask, calls()), call_path()  # keeps the key's codes
+        return made[key][0]
 
     def look_again(self) -> None:
         """Let the others do what they can do without this thread."""
