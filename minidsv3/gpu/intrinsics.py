@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy import float32, uint32
 
+from minidsv3.gpu.copies import copies_of
 from minidsv3.gpu.dialect import warp_operation
 from minidsv3.gpu.threads import current
 from minidsv3.gpu.warps import FULL_MASK
@@ -164,12 +165,12 @@ def copy_async16(tile: Any, i: int, source: Any, j: int) -> None:
     (`wait_copies`) and a barrier has shown it to the others. Source: PTX ISA,
     ``cp.async.cg``.
     """
-    current().copies.begin(tile, i, source, j)
+    copies_of(current()).begin(tile, i, source, j)
 
 
 def commit_copies() -> None:
     """Close a group: the copies that this thread has begun since the last one."""
-    current().copies.commit()
+    copies_of(current()).commit()
 
 
 def wait_copies(pending: int) -> None:
@@ -177,4 +178,4 @@ def wait_copies(pending: int) -> None:
 
     pending is a constant. It orders nothing between threads: a barrier must follow.
     """
-    current().copies.wait(pending)
+    copies_of(current()).wait(pending)

@@ -124,6 +124,29 @@ class CheckedArray:
 
     def _touch_vector(self, kind: int, i: int, n: int) -> int:
         """Check and remember one access to several elements; i as Python's integer."""
+        first, address = self._vector(kind, i, n)
+        self.memory.touch_vector(kind, self, address, first, n)
+        return first
+
+    def claim_vector(self, i: int, n: int) -> int:
+        """A copy begins that will write n elements from i on: see `copies`.
+
+        Until it arrives they are poisoned, and nobody may touch them.
+        """
+        first, address = self._vector(WRITE, i, n)
+        self.memory.claim(self, address, first, n)
+        self.data[first : first + n].view(np.uint8).fill(0xFF)
+        return first
+
+    def arrive_vector(self, i: int, values: Sequence[Any]) -> None:
+        """The copy that claimed elements from i on is done, and this is in them."""
+        address = self.address + i * self.data.itemsize
+        self.memory.release(self, address, len(values))
+        self.memory.touch_vector(WRITE, self, address, i, len(values))
+        self.data[i : i + len(values)] = values
+
+    def _vector(self, kind: int, i: int, n: int) -> tuple[int, int]:
+        """Where n elements from i on begin, as index and address, if one may."""
         first = i if type(i) is int else self._integer(i)
         size = n * self.data.itemsize
         if size not in WIDTHS or self.data.strides != (self.data.itemsize,):
@@ -133,8 +156,7 @@ class CheckedArray:
         address = self.address + first * self.data.itemsize
         if (address - self.base) % size:
             raise self._misaligned(kind, first, n)
-        self.memory.touch_vector(kind, self, address, first, n)
-        return first
+        return first, address
 
     def _no_vector(self, i: int, n: int) -> SimulatorError:
         return report(

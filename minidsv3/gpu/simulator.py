@@ -105,6 +105,7 @@ def launch(
     dynamic_shared: int = 0,
     count: bool = False,
     trace: tuple[int | tuple[int, ...], int] | None = None,
+    copies: str = "wait",
 ) -> Stats:
     """Run ``kernel(*args)`` in every thread of every block; arrays change in place.
 
@@ -114,6 +115,9 @@ def launch(
     first, among blocks and among threads: "rising", "falling", or an integer, the seed
     of a random order; a correct kernel does not care. dynamic_shared is the number of
     bytes behind ``cuda.shared.array(0, dtype)``.
+
+    copies says when asynchronous copies happen, at their "issue" or as late as may be,
+    at the "wait" for them; a correct kernel does not care either.
 
     count=True also counts what each instruction asks of memory: `Stats.accesses`.
     trace=(block, warp) records what the lanes of that warp do, step by step:
@@ -138,6 +142,7 @@ def launch(
         dynamic_shared=operator.index(dynamic_shared),
         greenlet=_greenlet(),
         array=WatchedArray if count or trace else CheckedArray,
+        copies=_policy(copies),
     )
     if run.block.x * run.block.y * run.block.z > MOST_THREADS:
         raise SimulatorError(
@@ -199,6 +204,12 @@ def _tracer(run: Launch, trace: Any) -> Tracer:
             f"trace is {trace!r}: it must be (block, warp), a block's index, an "
             "integer or up to three of them, and a warp's number in it"
         ) from None
+
+
+def _policy(copies: str) -> str:
+    if copies not in ("issue", "wait"):
+        raise SimulatorError(f'copies is {copies!r}: it must be "issue" or "wait"')
+    return copies
 
 
 def _arrangement(order: Order) -> Callable[[list], list]:

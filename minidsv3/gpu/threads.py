@@ -70,6 +70,7 @@ class Launch:
     """What the blocks of one launch have in common, and what is counted on the way.
 
     array is what arrays are made of, and watch the `watching.Watch`, if there is one.
+    copies says when asynchronous copies happen, see `minidsv3.gpu.copies`.
     """
 
     kernel: str
@@ -81,6 +82,7 @@ class Launch:
     greenlet: type
     array: type
     watch: Any = None
+    copies: str = "wait"
     barriers: int = 0
     warp_operations: int = 0
     requests: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
@@ -105,8 +107,8 @@ class Thread:
     """One thread of a block."""
 
     __slots__ = (
-        "answer", "block", "clock", "greenlet", "index", "lane", "moment", "operands",
-        "request", "seen", "warp",
+        "answer", "block", "clock", "copies", "greenlet", "index", "lane", "moment",
+        "operands", "request", "seen", "warp",
     )  # fmt: skip
 
     def __init__(self, block: "Block", number: int, index: Dim3) -> None:
@@ -116,6 +118,7 @@ class Thread:
         self.greenlet = launch.greenlet(launch.entry)
         self.request: Request | None = None
         self.operands, self.answer = (), None
+        self.copies: Any = None
         self.clock, self.seen = 0, NOTHING_SEEN
         self.begin_stretch()
 

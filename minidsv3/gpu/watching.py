@@ -171,6 +171,12 @@ class WatchedArray(CheckedArray):
         current().block.launch.watch.access(READ, self, i, n, found)
         return found
 
+    def claim_vector(self, i: int, n: int) -> int:
+        """`CheckedArray.claim_vector`: the copy counts where it is begun."""
+        first = super().claim_vector(i, n)
+        current().block.launch.watch.access(WRITE, self, first, n)
+        return first
+
     def write_vector(self, i: int, values: Any) -> None:
         """`CheckedArray.write_vector`."""
         super().write_vector(i, values)
