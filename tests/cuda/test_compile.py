@@ -195,8 +195,10 @@ def looked_up(x, y, n):
     values = cuda.local.array(32, float32)
     i = cuda.grid(1)
     for k in range(32):
-        values[k] = x[32 * i + k]
-    y[i] = values[n]
+        values[k] = float32(0)
+    for k in range(n):
+        values[k % 32] += x[k]
+    y[i] = values[n % 32]
 
 
 @each_architecture
@@ -213,8 +215,8 @@ def test_too_few_registers_are_seen(architecture) -> None:
 def test_a_local_array_with_an_index_from_outside_is_seen() -> None:
     code = compiled(looked_up, "f4[] f4[] i4")
     assert code.stack >= 4 * 32
-    assert code.count("STL") >= 32 / 4 and code.count("LDL") == 1
-    assert code.spills == code.count("STL") + 1
+    assert code.count("STL") >= 32 / 4 and code.count("LDL") >= 2
+    assert code.spills == code.count("STL") + code.count("LDL")
 
 
 def tenth(x, y):
