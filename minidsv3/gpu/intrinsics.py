@@ -76,6 +76,23 @@ def round_to(array: Any, value: float32) -> float32:
     return value if array.dtype == F32 else float_of(bits_of(value))
 
 
+def load4(array: Any, i: int, into: Any, j: int) -> None:
+    """Elements i … i+3, as float32, into ``into[j:j+4]``, a thread's local array.
+
+    One load, of 16 bytes from float32 and 8 from bfloat16: i is a multiple of 4, in an
+    array that begins at such a multiple of bytes.
+    """
+    values = array.read_vector(i, 4)
+    for k in range(4):
+        into[j + k] = values[k] if array.dtype == F32 else float_of(values[k])
+
+
+def store4(array: Any, i: int, values: Any, j: int) -> None:
+    """Store ``values[j:j+4]`` of a local array as elements i … i+3; see `load4`."""
+    four = [values[j + k] for k in range(4)]
+    array.write_vector(i, four if array.dtype == F32 else [bits_of(v) for v in four])
+
+
 def load8(array: Any, i: int, into: Any, j: int) -> None:
     """Elements i … i+7, as float32, into ``into[j:j+8]``, a thread's local array.
 
@@ -83,21 +100,20 @@ def load8(array: Any, i: int, into: Any, j: int) -> None:
     an array that begins at a multiple of 16 bytes.
     """
     if array.dtype == F32:
-        values = array.read_vector(i, 4) + array.read_vector(i + 4, 4)
-    else:
-        values = tuple(map(float_of, array.read_vector(i, 8)))
-    for k in range(8):
-        into[j + k] = values[k]
+        load4(array, i, into, j)
+        load4(array, i + 4, into, j + 4)
+        return
+    for k, bits in enumerate(array.read_vector(i, 8)):
+        into[j + k] = float_of(bits)
 
 
 def store8(array: Any, i: int, values: Any, j: int) -> None:
     """Store ``values[j:j+8]`` of a local array as elements i … i+7; see `load8`."""
-    eight = tuple(values[j + k] for k in range(8))
     if array.dtype == F32:
-        array.write_vector(i, eight[:4])
-        array.write_vector(i + 4, eight[4:])
-    else:
-        array.write_vector(i, tuple(map(bits_of, eight)))
+        store4(array, i, values, j)
+        store4(array, i + 4, values, j + 4)
+        return
+    array.write_vector(i, [bits_of(values[j + k]) for k in range(8)])
 
 
 # --- arithmetic ---------------------------------------------------------------------
