@@ -24,6 +24,7 @@ import inspect
 import operator
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -137,6 +138,7 @@ def launch(
         arranged=_arrangement(order),
         dynamic_shared=operator.index(dynamic_shared),
         greenlet=_greenlet(),
+        context=_silent(),
         array=WatchedArray if count or trace else CheckedArray,
     )
     if run.block.x * run.block.y * run.block.z > MOST_THREADS:
@@ -144,7 +146,8 @@ def launch(
             f"block is {block}: a block has at most {MOST_THREADS} threads. "
             "Launch more blocks instead."
         )
-    run.entry = _entry(function, _checked(function, args, run))
+    checked = _checked(function, args, run)
+    run.entry = lambda: function(*checked)
     counts = Counts() if count else None
     tracer = _tracer(run, trace) if trace else None
     if counts or tracer:
@@ -236,14 +239,10 @@ def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
     ]
 
 
-def _entry(function: FunctionType, args: list) -> Callable[[], Any]:
-    """What every thread does. A GPU overflows and divides by zero without a word."""
-
-    def enter() -> Any:
-        with np.errstate(all="ignore"):
-            return function(*args)
-
-    return enter
+def _silent() -> Context:
+    """Where threads run: a GPU overflows and divides by zero without a word."""
+    with np.errstate(all="ignore"):
+        return copy_context()
 
 
 def _stats(run: Launch, blocks: int, threads: int) -> Stats:
