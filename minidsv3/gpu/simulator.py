@@ -24,6 +24,7 @@ import inspect
 import operator
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -141,6 +142,7 @@ def launch(
         arranged=_arrangement(order),
         dynamic_shared=operator.index(dynamic_shared),
         greenlet=_greenlet(),
+        context=_silent(),
         array=WatchedArray if count or trace else CheckedArray,
         copies=_policy(copies),
     )
@@ -149,7 +151,8 @@ def launch(
             f"block is {block}: a block has at most {MOST_THREADS} threads. "
             "Launch more blocks instead."
         )
-    run.entry = _entry(function, _checked(function, args, run))
+    checked = _checked(function, args, run)
+    run.entry = lambda: function(*checked)
     counts = Counts() if count else None
     tracer = _tracer(run, trace) if trace else None
     if counts or tracer:
@@ -247,14 +250,10 @@ def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
     ]
 
 
-def _entry(function: FunctionType, args: list) -> Callable[[], Any]:
-    """What every thread does. A GPU overflows and divides by zero without a word."""
-
-    def enter() -> Any:
-        with np.errstate(all="ignore"):
-            return function(*args)
-
-    return enter
+def _silent() -> Context:
+    """Where threads run: a GPU overflows and divides by zero without a word."""
+    with np.errstate(all="ignore"):
+        return copy_context()
 
 
 def _stats(run: Launch, blocks: int, threads: int) -> Stats:

@@ -15,6 +15,7 @@ So a launch is deterministic, and what orders two threads is known exactly:
 
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Launch:
     arranged: Callable[[list], list]
     dynamic_shared: int
     greenlet: type
+    context: Context
     array: type
     watch: Any = None
     copies: str = "wait"
@@ -116,6 +118,7 @@ class Thread:
         self.block, self.index, self.lane = block, index, number % WARP_SIZE
         self.warp: list[Thread] = []
         self.greenlet = launch.greenlet(launch.entry)
+        self.greenlet.gr_context = launch.context.copy()
         self.request: Request | None = None
         self.operands, self.answer = (), None
         self.copies: Any = None
