@@ -29,7 +29,7 @@ THREADS, TILE = 64, 256
 
 
 def shifted(x, y):
-    tile = cuda.shared.array(TILE, float32)
+    tile = cuda.shared.array(TILE, float32, alignment=16)
     i = 4 * cuda.threadIdx.x
     copy_async16(tile, i, x, i)
     commit_copies()
@@ -41,7 +41,7 @@ def shifted(x, y):
 
 def pipelined(x, y, tiles):
     """Sums of neighbours, tile by tile, the next tile on its way meanwhile."""
-    tile = cuda.shared.array(2 * TILE, float32)
+    tile = cuda.shared.array(2 * TILE, float32, alignment=16)
     i = 4 * cuda.threadIdx.x
     copy_async16(tile, i, x, i)
     commit_copies()
@@ -131,7 +131,7 @@ def test_looking_early_is_named(copies):
 
 
 def one_copy(x, tile_at, source_at):
-    tile = cuda.shared.array(TILE, float32)
+    tile = cuda.shared.array(TILE, float32, alignment=16)
     copy_async16(tile, tile_at, x, source_at)
     commit_copies()
     wait_copies(0)
@@ -152,13 +152,49 @@ def test_both_ends_are_checked(tile_at, source_at, error):
         launch(one_copy, 1, 1, numbers(TILE), tile_at, source_at)
 
 
+def unpromised(x, y):
+    tile = cuda.shared.array(TILE, float32)
+    tile[0] = x[0]
+    copy_async16(tile, 4, x, 0)
+
+
+def dynamic(x, y):
+    tile = cuda.shared.array(0, float32, alignment=16)
+    copy_async16(tile, 4, x, 4)
+    commit_copies()
+    wait_copies(0)
+    y[0] = tile[5]
+
+
+def test_shared_memory_must_be_asked_for_with_its_alignment():
+    """Numba promises an array no more than its dtype's size."""
+    x, y = numbers(8), np.zeros(1, np.float32)
+    with pytest.raises(AlignmentError, match="alignment=16") as caught:
+        launch(unpromised, 1, 1, x, y)
+    assert "begins at a multiple of 4" in str(caught.value)
+    launch(dynamic, 1, 1, x, y, dynamic_shared=64)
+    assert y[0] == x[5]
+    bare = planted(dynamic, ", alignment=16", "")
+    with pytest.raises(AlignmentError):
+        launch(bare, 1, 1, x, y, dynamic_shared=64)
+
+
+@pytest.mark.parametrize("alignment", [0, -16, 4, 24, 16.0, "16"])
+def test_an_alignment_is_a_power_of_two(alignment):
+    def kernel(alignment):
+        cuda.shared.array(4, float32, alignment=alignment)
+
+    with pytest.raises(SimulatorError, match="power of two"):
+        launch(kernel, 1, 1, alignment)
+
+
 def test_only_from_global_to_shared_memory_of_one_dtype():
     def backwards(x):
-        tile = cuda.shared.array(TILE, float32)
+        tile = cuda.shared.array(TILE, float32, alignment=16)
         copy_async16(x, 0, tile, 0)
 
     def mixed(x):
-        tile = cuda.shared.array(TILE, uint32)
+        tile = cuda.shared.array(TILE, uint32, alignment=16)
         copy_async16(tile, 0, x, 0)
 
     for kernel in (backwards, mixed):
@@ -178,7 +214,7 @@ def test_refusals():
 
 
 def late_source(x, y):
-    tile = cuda.shared.array(4, float32)
+    tile = cuda.shared.array(4, float32, alignment=16)
     if cuda.threadIdx.x == 0:
         copy_async16(tile, 0, x, 0)
         commit_copies()
@@ -212,7 +248,7 @@ def test_a_copy_is_counted_once_where_it_begins():
 
 
 def fragments(words, plain, transposed):
-    tile = cuda.shared.array(128, uint32)
+    tile = cuda.shared.array(128, uint32, alignment=16)
     lane = cuda.threadIdx.x
     for k in range(4):
         tile[4 * lane + k] = words[4 * lane + k]

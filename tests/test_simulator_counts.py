@@ -123,7 +123,7 @@ def test_a_column_of_a_tile(columns: int, passes: int) -> None:
 
 
 def shared_at(dtype, n, where, op):
-    tile = cuda.shared.array(512, dtype)
+    tile = cuda.shared.array(512, dtype, alignment=16)
     t = cuda.threadIdx.x
     if t < len(where) and where[t] is not None:
         if op == "atomic":
@@ -177,7 +177,7 @@ def test_atomics_that_meet_go_one_by_one(where: list, passes: int) -> None:
 
 
 def follows(x, tile_size, n, where):
-    tile = cuda.shared.array(tile_size, x.dtype)
+    tile = cuda.shared.array(tile_size, x.dtype, alignment=16)
     t = cuda.threadIdx.x
     for i in range(t, tile_size, cuda.blockDim.x):
         tile[i] = 0
@@ -410,7 +410,7 @@ def test_vectors_convert_as_elements_do() -> None:
 
 
 def vector_of_shared(out):
-    tile = cuda.shared.array(8, np.float32)
+    tile = cuda.shared.array(8, np.float32, alignment=16)
     t = cuda.threadIdx.x
     tile[t] = t
     cuda.syncthreads()  # before

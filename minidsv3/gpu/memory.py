@@ -156,6 +156,8 @@ class CheckedArray:
         address = self.address + first * self.data.itemsize
         if (address - self.base) % size:
             raise self._misaligned(kind, first, n)
+        if size > self.memory.alignment:
+            raise self._unpromised(kind, first, n)
         return first, address
 
     def _no_vector(self, i: int, n: int) -> SimulatorError:
@@ -180,6 +182,19 @@ class CheckedArray:
             f"A {size}-byte {('load', 'store')[kind]} needs an address that is a "
             f"multiple of {size}: begin at a multiple of {n} elements, in an array and "
             "in rows whose lengths are multiples of it too.",
+            array=self.name,
+            index=i,
+        )
+
+    def _unpromised(self, kind: int, i: int, n: int) -> AlignmentError:
+        size, promised = n * self.dtype.itemsize, self.memory.alignment
+        return report(
+            AlignmentError,
+            current(),
+            f"{VERBS[kind][0]} {self.element(slice(i, i + n))} at once, {size} bytes of "
+            f"{self.memory.space} memory that begins at a multiple of {promised}.",
+            f"Ask for cuda.shared.array(..., alignment={size}): without it the compiler "
+            "may put the array anywhere that suits one element.",
             array=self.name,
             index=i,
         )
