@@ -191,10 +191,10 @@ class CheckedArray:
         return report(
             AlignmentError,
             current(),
-            f"{VERBS[kind][0]} {self.element(slice(i, i + n))} at once, {size} bytes of "
-            f"{self.memory.space} memory that begins at a multiple of {promised}.",
-            f"Ask for cuda.shared.array(..., alignment={size}): without it the compiler "
-            "may put the array anywhere that suits one element.",
+            f"{VERBS[kind][0]} {self.element(slice(i, i + n))} at once, {size} bytes "
+            f"of {self.memory.space} memory that begins at a multiple of {promised}.",
+            f"Ask for cuda.shared.array(..., alignment={size}): without it the "
+            "compiler may put the array anywhere that suits one element.",
             array=self.name,
             index=i,
         )

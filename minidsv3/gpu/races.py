@@ -57,15 +57,15 @@ class Memory:
     """A stretch of memory: who touched which address, and what was ever written.
 
     space is "global", "shared" or "local". Global memory comes with its contents, the
-    others are poisoned: reading what nobody wrote is an error. alignment: what it surely
-    begins at a multiple of, in bytes.
+    others are poisoned: reading what nobody wrote is an error. It surely begins at a
+    multiple of ``alignment`` bytes.
     """
 
     def __init__(self, space: str, counts: list[int], data: np.ndarray | None) -> None:
         self.space, self.counts = space, counts
         self.cells: dict[int, list[Crowd]] = {}
         self.claims: dict[int, Thread] = {}
-        self.alignment = 256 if space == "global" else 1
+        self.alignment = {"global": 256, "shared": 1, "local": 16}[space]
         self.origin = 0 if data is None else address_of(data)
         self.written = None if data is None else bytearray(data.nbytes)
 
