@@ -16,4 +16,6 @@ out of bounds, which threads never reach the barrier. In reading order:
     watching    who did what at which instruction, in which turn
     counts      sectors and passes: what a warp's accesses take
     traces      one warp's steps, for a reader to go through
+    roofline    how fast a kernel could be, and how many of its warps fit
+    machine_code  what a compiled kernel waits for
 """

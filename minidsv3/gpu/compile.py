@@ -122,7 +122,7 @@ def compiled(
     ``u2`` the bits of a bfloat16, ``i4``, ``u4``, ``i8``, and ``f4[]`` for a contiguous
     array of one dimension. Raises CompilerError if numba-cuda or a tool is missing or
     of another version, ValueError for a signature or architecture that is none, and
-    Numba's own TypingError for a kernel that it does not understand.
+    a NumbaError (numba.core.errors) for a kernel that Numba does not understand.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(

@@ -56,7 +56,9 @@ class _Shared:
         """This line's array, one for the whole block. Undefined until written.
 
         Shape 0 means the dynamic shared memory: all the bytes that the launch asked
-        for, the same ones at every call, seen as a one-dimensional array.
+        for, the same ones at every call, seen as a one-dimensional array. The array
+        begins at a multiple of ``alignment`` bytes, and without it of its dtype's size:
+        accesses of 16 bytes need 16.
         """
         block, frame = current().block, kernel_frame()
         shape, dtype = _shape(shape), _dtype(dtype)
@@ -65,6 +67,8 @@ class _Shared:
         if array is None:
             make = _dynamic if shape == (0,) else _poisoned
             data, memory = make(block, shape, dtype)
+            promised = _alignment(alignment, dtype)
+            memory.alignment = max(memory.alignment, promised)
             make = block.launch.array
             array = block.shared[site] = make(data, _variable(site), memory)
         if array.dtype != dtype or shape not in ((0,), array.shape):
@@ -101,6 +105,17 @@ def _shape(shape: Shape) -> tuple[int, ...]:
         advice = "A shape is one positive integer, or a tuple of them."
         _refuse(f"asks for an array of shape {shape!r}.", advice)
     return lengths
+
+
+def _alignment(alignment: int | None, dtype: np.dtype) -> int:
+    """What an array's beginning is a multiple of, in bytes, by Numba's rules."""
+    if alignment is None:
+        return dtype.itemsize
+    whole = isinstance(alignment, int) and alignment > 0
+    if not whole or alignment % 8 or alignment & (alignment - 1):
+        advice = "It is a power of two, 8 or more, like 16."
+        _refuse(f"asks for an array with alignment={alignment!r}.", advice)
+    return alignment
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -247,6 +262,10 @@ class Cuda:
 
     def grid(self, ndim: int) -> int | tuple[int, ...]:
         """The thread's index in the whole grid, along ndim = 1, 2 or 3 axes."""
+        if ndim == 1:  # what most kernels begin with
+            thread = current()
+            block = thread.block
+            return block.index[0] * block.launch.block[0] + thread.index[0]
         return _axes(
             ndim,
             (

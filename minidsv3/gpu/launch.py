@@ -98,11 +98,13 @@ def _array(tensor: Tensor) -> np.ndarray:
     return bits.numpy()
 
 
-def signature_of(args: Sequence[Any]) -> str:
-    """The words that `compile.compiled` needs: ``"u2[] f4[] u4"``."""
+def signature_of(dtypes: Sequence[torch.dtype | np.dtype]) -> str:
+    """The words that `compile.compiled` needs: ``"u2[] f4[] u4"``.
+
+    A tensor's dtype means an array, NumPy's a scalar.
+    """
     return " ".join(
-        f"{KINDS[a.dtype]}[]" if isinstance(a, Tensor) else a.dtype.str[1:]
-        for a in args
+        f"{KINDS[d]}[]" if isinstance(d, torch.dtype) else d.str[1:] for d in dtypes
     )
 
 
@@ -114,8 +116,7 @@ def _on_gpu(
     dynamic_shared: int, device: torch.device,
 ) -> None:  # fmt: skip
     with torch.cuda.device(device):
-        capability = torch.cuda.get_device_capability(device)
-        loaded = _loaded(kernel, signature_of(args), capability, device.index)
+        loaded = _loaded(kernel, tuple(a.dtype for a in args), device)
         given = [
             (a.data_ptr(), a.numel()) if isinstance(a, Tensor) else a for a in args
         ]
@@ -130,14 +131,13 @@ def _three(extent: Extent) -> tuple[int, ...]:
 
 @cache
 def _loaded(
-    kernel: Callable[..., None],
-    signature: str,
-    capability: tuple[int, int],
-    device: int,
+    kernel: Callable[..., None], dtypes: tuple, device: torch.device
 ) -> "Loaded":
     """The kernel compiled for a GPU and loaded there, once."""
     from minidsv3.gpu.compile import architecture, compiled
 
+    signature = signature_of(dtypes)
+    capability = torch.cuda.get_device_capability(device)
     code = compiled(kernel, signature, architecture(capability))
     return Loaded(driver(), code.cubin, code.entry, signature)
 

@@ -77,13 +77,24 @@ class Place(NamedTuple):
         return linecache.getline(self.file, self.line).strip()
 
 
+class _Ours(dict[str, bool]):
+    """Whether a file is the simulator's, looked up once each: every access asks."""
+
+    def __missing__(self, file: str) -> bool:
+        self[file] = file.startswith(HERE)
+        return self[file]
+
+
+ours = _Ours()
+
+
 def kernel_frame(depth: int = 1) -> FrameType:
     """The innermost frame that is not the simulator's: the kernel's, or a function's.
 
     ``depth`` is where to start looking, counted from the caller: 1 is its own caller.
     """
     frame = sys._getframe(depth + 1)
-    while frame.f_code.co_filename.startswith(HERE):
+    while ours[frame.f_code.co_filename]:
         frame = frame.f_back
     return frame
 
@@ -91,10 +102,28 @@ def kernel_frame(depth: int = 1) -> FrameType:
 def calls() -> tuple[Place, ...]:
     """Where the running thread is, from the innermost function out to the kernel."""
     frame, places = kernel_frame(), []
-    while not (code := frame.f_code).co_filename.startswith(HERE):
+    while not ours[(code := frame.f_code).co_filename]:
         places.append(Place(code.co_name, code.co_filename, frame.f_lineno))
         frame = frame.f_back
     return tuple(places)
+
+
+def call_path() -> tuple[tuple[CodeType, int], ...]:
+    """Like `calls`, but code and instruction (a frame's f_lasti)."""
+    frame, path = kernel_frame(), []
+    while not ours[(code := frame.f_code).co_filename]:
+        path.append((code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(path)
+
+
+def call_key() -> tuple[int, ...]:
+    """What tells one `call_path` from another, quickly, as long as its codes live."""
+    frame, key = kernel_frame(), []
+    while not ours[(code := frame.f_code).co_filename]:
+        key += id(code), frame.f_lasti
+        frame = frame.f_back
+    return tuple(key)
 
 
 def place_of(code: CodeType, instruction: int) -> Place:

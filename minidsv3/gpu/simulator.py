@@ -24,6 +24,7 @@ import inspect
 import operator
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -105,6 +106,7 @@ def launch(
     dynamic_shared: int = 0,
     count: bool = False,
     trace: tuple[int | tuple[int, ...], int] | None = None,
+    copies: str = "wait",
 ) -> Stats:
     """Run ``kernel(*args)`` in every thread of every block; arrays change in place.
 
@@ -114,6 +116,9 @@ def launch(
     first, among blocks and among threads: "rising", "falling", or an integer, the seed
     of a random order; a correct kernel does not care. dynamic_shared is the number of
     bytes behind ``cuda.shared.array(0, dtype)``.
+
+    copies says when asynchronous copies happen, at their "issue" or as late as may be,
+    at the "wait" for them; a correct kernel does not care either.
 
     count=True also counts what each instruction asks of memory: `Stats.accesses`.
     trace=(block, warp) records what the lanes of that warp do, step by step:
@@ -137,14 +142,17 @@ def launch(
         arranged=_arrangement(order),
         dynamic_shared=operator.index(dynamic_shared),
         greenlet=_greenlet(),
+        context=_silent(),
         array=WatchedArray if count or trace else CheckedArray,
+        copies=_policy(copies),
     )
     if run.block.x * run.block.y * run.block.z > MOST_THREADS:
         raise SimulatorError(
             f"block is {block}: a block has at most {MOST_THREADS} threads. "
             "Launch more blocks instead."
         )
-    run.entry = _entry(function, _checked(function, args, run))
+    checked = _checked(function, args, run)
+    run.entry = lambda: function(*checked)
     counts = Counts() if count else None
     tracer = _tracer(run, trace) if trace else None
     if counts or tracer:
@@ -201,6 +209,12 @@ def _tracer(run: Launch, trace: Any) -> Tracer:
         ) from None
 
 
+def _policy(copies: str) -> str:
+    if copies not in ("issue", "wait"):
+        raise SimulatorError(f'copies is {copies!r}: it must be "issue" or "wait"')
+    return copies
+
+
 def _arrangement(order: Order) -> Callable[[list], list]:
     """A function that puts blocks, or threads that are ready, in the order they go."""
     if order == "rising":
@@ -236,14 +250,10 @@ def _checked(function: FunctionType, args: tuple, run: Launch) -> list:
     ]
 
 
-def _entry(function: FunctionType, args: list) -> Callable[[], Any]:
-    """What every thread does. A GPU overflows and divides by zero without a word."""
-
-    def enter() -> Any:
-        with np.errstate(all="ignore"):
-            return function(*args)
-
-    return enter
+def _silent() -> Context:
+    """Where threads run: a GPU overflows and divides by zero without a word."""
+    with np.errstate(all="ignore"):
+        return copy_context()
 
 
 def _stats(run: Launch, blocks: int, threads: int) -> Stats:

@@ -3,9 +3,9 @@ r"""The primitives on Numba CUDA kernels, as operations of PyTorch.
 What `torch_port` says with torch's own operations, computed by our kernels: on a GPU
 by the GPU, on tensors of the processor by the simulator (`minidsv3.gpu.launch`). Each
 is an operator that torch knows by name, with a gradient of ours, so ``backward()``,
-``torch.compile`` and CUDA graphs take it as it is. Where rows are multiples of eight
-numbers and begin at multiples of 16 bytes it is a kernel of `fast_cuda_kernels`, else
-of `plain_cuda_kernels`. Tensors are float32 or bfloat16; arithmetic is in float32.
+``torch.compile`` and CUDA graphs take it as it is. Where rows are multiples of 16
+bytes and begin at such, it is a kernel of `fast_cuda_kernels`, else of
+`plain_cuda_kernels`. Tensors are float32 or bfloat16; arithmetic is in float32.
 """
 
 import math
@@ -22,8 +22,10 @@ NUMBERS = (torch.float32, torch.bfloat16)
 WARP = 32
 ELEMENTWISE_THREADS = 256
 LOSS_THREADS = 512
-MOST_VECTORS = 4
-"""Vectors of eight a thread keeps of its row, while a block has threads enough."""
+MOST_KEPT = 32
+"""Numbers of its row that a thread keeps, while a block has threads enough."""
+MOST_KEPT_BACKWARD = 16
+"""The same for RMSNorm's gradient, which keeps three rows: two blocks fit an SM."""
 BACKWARD_BLOCKS = 528
 """Blocks of RMSNorm's gradient, each with a share of dg: four for each of 132 SMs."""
 
@@ -46,17 +48,29 @@ def _same_shape(operation: str, **tensors: Tensor) -> None:
         raise ValueError(f"{operation}: needs equal shapes and dtypes, got {given}")
 
 
+def per_vector(x: Tensor) -> int:
+    """Numbers in 16 bytes: 8 of bfloat16, 4 of float32."""
+    return 16 // x.element_size()
+
+
 def wide(width: int, *tensors: Tensor) -> bool:
-    """Whether rows of this width can be read and written 16 bytes at a time."""
-    return width % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
+    """Whether rows of this width can be read and written 16 bytes at a time.
+
+    The first tensor says how many numbers that is.
+    """
+    aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+    return width % per_vector(tensors[0]) == 0 and aligned
 
 
-def row_plan(width: int) -> tuple[int, int]:
-    """Threads of a block for a row of this width, and vectors that each keeps."""
-    eights = width // 8
-    warps = math.ceil(eights / (WARP * MOST_VECTORS))
+def row_plan(width: int, per: int, kept: int = MOST_KEPT) -> tuple[int, int]:
+    """Threads of a block for a row of this width, and vectors that each keeps.
+
+    Whole warps, of which as few as keep no more than ``kept`` numbers a thread.
+    """
+    vectors = width // per
+    warps = math.ceil(vectors / (WARP * kept // per))
     threads = WARP * min(warps, 1024 // WARP)
-    return threads, math.ceil(eights / threads)
+    return threads, math.ceil(vectors / threads)
 
 
 # --- RMSNorm ------------------------------------------------------------------------
@@ -105,8 +119,8 @@ def _rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, r = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     kernel, threads = plain.rmsnorm_plain, plain.THREADS
     if wide(D, x, weight, y):
-        threads, vectors = row_plan(D)
-        kernel = fast.rmsnorm_fast(vectors)
+        threads, vectors = row_plan(D, per_vector(x))
+        kernel = fast.rmsnorm_fast(vectors, per_vector(x))
     numbers = uint32(D), float32(1 / D), float32(eps)
     launch(kernel, rows, threads, x, weight, y, r, *numbers)
     return y, r
@@ -123,8 +137,8 @@ def _add_rmsnorm(
     r = x.new_empty(rows, dtype=torch.float32)
     numbers = uint32(D), float32(1 / D), float32(eps)
     if wide(D, x, residual, weight, total, y):
-        threads, vectors = row_plan(D)
-        kernel = fast.add_rmsnorm_fast(vectors)
+        threads, vectors = row_plan(D, per_vector(x))
+        kernel = fast.add_rmsnorm_fast(vectors, per_vector(x))
         launch(kernel, rows, threads, x, residual, weight, total, y, r, *numbers)
         return total, y, r
     _elementwise(plain.add_plain, 1, x, residual, total)
@@ -143,9 +157,9 @@ def _rmsnorm_backward(
     dx = torch.empty_like(x)
     partial = x.new_empty((blocks, D), dtype=torch.float32)
     kernel, threads = plain.rmsnorm_backward_plain, plain.THREADS
-    if wide(D, dy, x, weight, dx, partial):
-        threads, vectors = row_plan(D)
-        kernel = fast.rmsnorm_backward_fast(vectors)
+    if wide(D, x, dy, weight, dx, partial):
+        threads, vectors = row_plan(D, per_vector(x), MOST_KEPT_BACKWARD)
+        kernel = fast.rmsnorm_backward_fast(vectors, per_vector(x))
     numbers = uint32(rows), uint32(D), float32(1 / D)
     launch(kernel, blocks, threads, dy, x, weight, r, dx, partial, *numbers)
     return dx, partial.sum(0).to(weight.dtype)
@@ -251,10 +265,11 @@ def _turn_(x: Tensor, turns: Tensor, sign: float) -> None:
     """x (B, T, H, d) in place; turns (T or B T, d_R) of cosines and sines in turn."""
     (B, T, H, d), d_R = x.shape, turns.shape[-1]
     kernel, block = plain.rope_plain, plain.THREADS
-    if d % 8 == 0 and wide(d_R, x, turns):
-        across = d_R // 8
+    per = per_vector(x)
+    if d % per == 0 and wide(d_R, x, turns):
+        across = d_R // per
         down = max(1, min(H, ELEMENTWISE_THREADS // across))
-        kernel, block = fast.rope_fast, (across, down)
+        kernel, block = fast.rope_fast(per), (across, down)
     shape = uint32(H), uint32(d), uint32(d_R), uint32(len(turns))
     launch(kernel, B * T, block, x, turns, *shape, float32(sign))
 
@@ -285,7 +300,8 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate)
     if wide(h.numel(), gate, up, h):
-        _elementwise(fast.swiglu_fast, 8, gate, up, h)
+        per = per_vector(h)
+        _elementwise(fast.swiglu_fast(per), per, gate, up, h)
     else:
         _elementwise(plain.swiglu_plain, 1, gate, up, h)
     return h
@@ -297,7 +313,8 @@ def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     tensors = dh, gate, up, dgate, dup
     if wide(dh.numel(), *tensors):
-        _elementwise(fast.swiglu_backward_fast, 8, *tensors)
+        per = per_vector(dh)
+        _elementwise(fast.swiglu_backward_fast(per), per, *tensors)
     else:
         _elementwise(plain.swiglu_backward_plain, 1, *tensors)
     return dgate, dup
@@ -355,8 +372,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _loss_kernel(fast_kernel, plain_kernel, logits: Tensor) -> tuple:
     if wide(logits.shape[-1], logits):
-        eights = logits.shape[-1] // 8
-        return fast_kernel, min(LOSS_THREADS, WARP * math.ceil(eights / WARP))
+        per = per_vector(logits)
+        warps = math.ceil(logits.shape[-1] / (per * WARP))
+        return fast_kernel(per), min(LOSS_THREADS, WARP * warps)
     return plain_kernel, plain.THREADS
 
 

@@ -21,6 +21,12 @@ THREADS = 128
 LN_2 = float32(math.log(2))
 
 
+def flat_index() -> uint64:
+    """The thread's number in a grid of one dimension, wide enough for any array."""
+    block = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x)
+    return block + uint64(cuda.threadIdx.x)
+
+
 def tree_sum(x: float32, scratch: Any) -> float32:
     """The sum over a block of `THREADS`, in every thread: half of them add, then half.
 
@@ -80,7 +86,7 @@ def rmsnorm_plain(
 
 def add_plain(x: Any, residual: Any, total: Any, n: uint32) -> None:
     """``total = x + residual``, n numbers, a thread each: the add before a norm."""
-    i = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+    i = flat_index()
     if i < uint64(n):
         store1(total, i, load1(x, i) + load1(residual, i))
 
@@ -145,7 +151,7 @@ def sigmoid(a: float32) -> float32:
 
 def swiglu_plain(gate: Any, up: Any, h: Any, n: uint32) -> None:
     """``h = silu(gate) * up``, n numbers, a thread each."""
-    i = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+    i = flat_index()
     if i < uint64(n):
         a = load1(gate, i)
         store1(h, i, a * sigmoid(a) * load1(up, i))
@@ -155,7 +161,7 @@ def swiglu_backward_plain(
     dh: Any, gate: Any, up: Any, dgate: Any, dup: Any, n: uint32
 ) -> None:
     """``dgate = dh up σ(1 + a(1 - σ))``, ``dup = dh a σ``; n numbers, a thread each."""
-    i = uint64(cuda.blockIdx.x) * uint64(cuda.blockDim.x) + uint64(cuda.threadIdx.x)
+    i = flat_index()
     if i < uint64(n):
         a, above = load1(gate, i), load1(dh, i)
         s = sigmoid(a)
