@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from numpy import float32, uint32, uint64
 from rows import Row, write
 
-from minidsv3.gpu.compile import INSTRUCTION, Compiled, compiled
+from minidsv3.gpu.compile import Compiled, compiled
 from minidsv3.gpu.dialect import cuda
 from minidsv3.gpu.intrinsics import load8, reciprocal, rsqrt, store8
+from minidsv3.gpu.machine_code import instructions, loads_under_way
 from minidsv3.gpu.reductions import block_sum
 from minidsv3.primitives import fast_cuda_kernels as fast
 from minidsv3.primitives import plain_cuda_kernels as plain
@@ -178,11 +179,11 @@ def norm(dtype: str) -> str:
 
 LINE, BF16, F32 = "f4[] f4[] f4[] u4", "u2", "f4"
 CASES = {
-    "loads first": Case(fast.rmsnorm_fast(4), norm(BF16)),
-    "loads first, float32": Case(fast.rmsnorm_fast(4), norm(F32)),
+    "loads first": Case(fast.rmsnorm_fast(4, 8), norm(BF16)),
+    "loads first, float32": Case(fast.rmsnorm_fast(8, 4), norm(F32)),
     "guarded": Case(rmsnorm_guarded, norm(BF16)),
     "guarded, float32": Case(rmsnorm_guarded, norm(F32)),
-    "32 registers": Case(fast.rmsnorm_fast(4), norm(BF16), 32),
+    "32 registers": Case(fast.rmsnorm_fast(4, 8), norm(BF16), 32),
     "counted": Case(rmsnorm_counted, norm(BF16) + " u4"),
     "plain": Case(plain.rmsnorm_plain, norm(BF16)),
     "picked": Case(picked, "f4[] u4[] f4[] u4"),
@@ -199,10 +200,10 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 
 def order(sass: str) -> str:
     """The named instructions as they stand in the code, equal neighbours counted."""
-    stems = (name.split(".")[0] for name in INSTRUCTION.findall(sass))
-    runs = groupby(stem for stem in stems if stem in NAMED)
-    counted = ((stem, len(list(run))) for stem, run in runs)
-    return " ".join(f"{stem}*{n}" if n > 1 else stem for stem, n in counted)
+    kinds = (each.kind for each in instructions(sass) if each.guard != "!PT")
+    runs = groupby(kind for kind in kinds if kind in NAMED)
+    counted = ((kind, len(list(run))) for kind, run in runs)
+    return " ".join(f"{kind}*{n}" if n > 1 else kind for kind, n in counted)
 
 
 def row(name: str, architecture: str) -> Row:
@@ -219,6 +220,7 @@ def row(name: str, architecture: str) -> Row:
         "instructions": sum(code.instructions.values()) - code.count("NOP"),
         "loads": code.count("LDG"),
         "loads16": code.having("LDG", "128"),
+        "under_way": max(loads_under_way(code.sass)),
         "compares": code.count("ISETP"),
         "branches": code.count("BRA"),
         "doubles": code.doubles,

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from rows import RESULTS as RESULTS
 from rows import Row
 
 Array = np.ndarray
@@ -18,7 +21,29 @@ Run = Callable[[], object]
 SPINNING = "while True: pass"
 
 
-# --- clocks ---------------------------------------------------------------------------
+# --- a queue, and clocks --------------------------------------------------------------
+
+
+class Stream:
+    """One worker that does what it is told, in order, while you go on: as a GPU does."""
+
+    def __init__(self) -> None:
+        self.orders: SimpleQueue[Run] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self.orders.get()()
+
+    def launch(self, run: Run) -> None:
+        """Order a run, and return at once."""
+        self.orders.put(run)
+
+    def synchronize(self) -> None:
+        """Wait until all that was ordered before is done."""
+        done = threading.Event()
+        self.launch(done.set)
+        done.wait()
 
 
 def times(run: Run, tries: int) -> Array:
