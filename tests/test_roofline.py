@@ -142,6 +142,9 @@ def floats(n: int) -> np.ndarray:
 def cases(dtype: str) -> dict[str, tuple]:
     """Kernel, grid, block and arguments, and the job that it should be."""
     size, n = KINDS[dtype][1], ROWS * WIDTH
+    per = 16 // size
+    vectors = WIDTH // (32 * per)
+    blocks = n // (32 * per)
     many = lambda how_many: [ones(dtype, n) for _ in range(how_many)]  # noqa: E731
     norm = uint32(WIDTH), float32(1 / WIDTH)
     row = ones(dtype, WIDTH)
@@ -162,37 +165,38 @@ def cases(dtype: str) -> dict[str, tuple]:
             plain.rmsnorm_plain, ROWS, 128, forward, work.rmsnorm(**rows, fast=False)
         ),
         "rmsnorm_fast": (
-            fast.rmsnorm_fast(2), ROWS, 32, forward, work.rmsnorm(**rows)
+            fast.rmsnorm_fast(vectors, per), ROWS, 32, forward, work.rmsnorm(**rows)
         ),
         "add_plain": (plain.add_plain, n // 256, 256, (*many(3), count),
                       work.add(n, size)),
         "add_rmsnorm_fast": (
-            fast.add_rmsnorm_fast(2), ROWS, 32, added, work.add_rmsnorm(**rows)
+            fast.add_rmsnorm_fast(vectors, per), ROWS, 32, added, work.add_rmsnorm(**rows)
         ),
         "rmsnorm_backward_plain": (
             plain.rmsnorm_backward_plain, 2, 128, back,
             work.rmsnorm_backward(**rows, blocks=2, fast=False),
         ),
         "rmsnorm_backward_fast": (
-            fast.rmsnorm_backward_fast(2), 2, 32, back,
+            fast.rmsnorm_backward_fast(vectors, per), 2, 32, back,
             work.rmsnorm_backward(**rows, blocks=2),
         ),
         "rope_plain": (
             plain.rope_plain, TOKENS, 128, rope, work.rope(*shape, fast=False)
         ),
         "rope_fast": (
-            fast.rope_fast, TOKENS, (8, 8), rope, work.rope(*shape, warps=2)
+            fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
+            work.rope(*shape, warps=ROTARY // per * 4 // 32)
         ),
         "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*many(3), count),
                          work.swiglu(n, size, False)),
-        "swiglu_fast": (fast.swiglu_fast, n // 256, 32, (*many(3), count),
+        "swiglu_fast": (fast.swiglu_fast(per), blocks, 32, (*many(3), count),
                         work.swiglu(n, size)),
         "swiglu_backward_plain": (
             plain.swiglu_backward_plain, n // 256, 256, (*many(5), count),
             work.swiglu_backward(n, size, False),
         ),
         "swiglu_backward_fast": (
-            fast.swiglu_backward_fast, n // 256, 32, (*many(5), count),
+            fast.swiglu_backward_fast(per), blocks, 32, (*many(5), count),
             work.swiglu_backward(n, size),
         ),
         "cross_entropy_plain": (
@@ -200,14 +204,14 @@ def cases(dtype: str) -> dict[str, tuple]:
             work.cross_entropy(**rows, fast=False),
         ),
         "cross_entropy_fast": (
-            fast.cross_entropy_fast, ROWS, 32, loss, work.cross_entropy(**rows)
+            fast.cross_entropy_fast(per), ROWS, 32, loss, work.cross_entropy(**rows)
         ),
         "cross_entropy_backward_plain": (
             plain.cross_entropy_backward_plain, ROWS, 128, loss,
             work.cross_entropy_backward(**rows, fast=False),
         ),
         "cross_entropy_backward_fast": (
-            fast.cross_entropy_backward_fast, ROWS, 32, loss,
+            fast.cross_entropy_backward_fast(per), ROWS, 32, loss,
             work.cross_entropy_backward(**rows),
         ),
     }  # fmt: skip

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from minidsv3.gpu.roofline import Work
 
 FLOAT32, BFLOAT16 = 4, 2
+VECTOR = 16
+"""Bytes that a fast kernel moves at once."""
 INDEX = 8
 """Bytes of a target."""
 
@@ -25,10 +27,9 @@ class Stream:
 
     bytes: different ones, which memory must bring or take. asked: by all requests of
     warps together, what several lanes of a request want counted once. spread: bytes of
-    the sectors that the requests touch, for each byte asked. It is 2 where eight
-    float32 go as two loads of 16 bytes, with 32 between the lanes, and where even and
-    odd elements go apart: the other half of each sector is the next request's, and
-    comes from a cache.
+    the sectors that the requests touch, for each byte asked. It is 2 where even and
+    odd elements go apart, and where eight float32 go in two moves of 16 bytes, beside
+    eight bfloat16 that go in one: the other half of each sector is the next request's.
     """
 
     array: str
@@ -62,20 +63,21 @@ class Job:
         return Work(self.bytes, self.operations, self.special)
 
 
-def _reads(size: int, fast: bool, **arrays: tuple[int, int]) -> list[Stream]:
+def _reads(size: int, **arrays: tuple[int, int]) -> list[Stream]:
     """Of each array: how many numbers, and how often the kernel asks for them all."""
-    spread = 2 if fast and size == FLOAT32 else 1
     return [
-        Stream(name, "read", n * size, n * size * times, spread)
+        Stream(name, "read", n * size, n * size * times)
         for name, (n, times) in arrays.items()
     ]
 
 
-def _writes(size: int, fast: bool, **arrays: int) -> list[Stream]:
-    spread = 2 if fast and size == FLOAT32 else 1
-    return [
-        Stream(name, "write", n * size, n * size, spread) for name, n in arrays.items()
-    ]
+def _writes(size: int, **arrays: int) -> list[Stream]:
+    return [Stream(name, "write", n * size, n * size) for name, n in arrays.items()]
+
+
+def _beside(size: int) -> int:
+    """The spread of a fast kernel's float32 beside numbers of this size."""
+    return FLOAT32 // size
 
 
 def rmsnorm(rows: int, width: int, size: int, fast: bool = True) -> Job:
@@ -85,24 +87,24 @@ def rmsnorm(rows: int, width: int, size: int, fast: bool = True) -> Job:
     """
     n = rows * width
     streams = (
-        *_reads(size, fast, x=(n, 1 if fast else 2), g=(width, rows)),
-        *_writes(size, fast, y=n),
+        *_reads(size, x=(n, 1 if fast else 2), g=(width, rows)),
+        *_writes(size, y=n),
     )
     return Job(streams, 4 * n, words=rows * FLOAT32)
 
 
 def add(n: int, size: int) -> Job:
     """The add before a norm as a kernel of its own, which is plain."""
-    reads = _reads(size, False, x=(n, 1), residual=(n, 1))
-    return Job((*reads, *_writes(size, False, total=n)), n)
+    reads = _reads(size, x=(n, 1), residual=(n, 1))
+    return Job((*reads, *_writes(size, total=n)), n)
 
 
 def add_rmsnorm(rows: int, width: int, size: int) -> Job:
     """Add and norm in one pass, which is fast: total is written and never read."""
     n = rows * width
     streams = (
-        *_reads(size, True, x=(n, 1), residual=(n, 1), g=(width, rows)),
-        *_writes(size, True, total=n, y=n),
+        *_reads(size, x=(n, 1), residual=(n, 1), g=(width, rows)),
+        *_writes(size, total=n, y=n),
     )
     return Job(streams, 5 * n, words=rows * FLOAT32)
 
@@ -117,16 +119,16 @@ def rmsnorm_backward(
     nine.
     """
     n, share, times = rows * width, blocks * width, 1 if fast else 2
-    partial = _writes(FLOAT32, fast, partial=share)
+    bytes, again = share * FLOAT32, n * FLOAT32
+    partial = [Stream("partial", "write", bytes, bytes, _beside(size))]
     if not fast:
-        bytes, again = share * FLOAT32, n * FLOAT32
         partial = [
             Stream("partial", "read", 0, again),  # its own, from a cache
             Stream("partial", "write", bytes, bytes + again),
         ]
     streams = (
-        *_reads(size, fast, dy=(n, times), x=(n, times), g=(width, rows * times)),
-        *_writes(size, fast, dx=n),
+        *_reads(size, dy=(n, times), x=(n, times), g=(width, rows * times)),
+        *_writes(size, dx=n),
         *partial,
     )
     return Job(streams, (9 if fast else 10) * n, words=rows * FLOAT32)
@@ -144,49 +146,49 @@ def rope(
     """
     n, row = tokens * heads * rotary, rotary * FLOAT32
     asked = tokens * row * (warps if fast else heads)
-    spread = 2 if size == FLOAT32 or not fast else 1
+    apart = 1 if fast else 2
     streams = (
-        Stream("x", "read", n * size, n * size, spread),
-        Stream("turns", "read", period * row, asked, 2),
-        Stream("x", "write", n * size, n * size, spread),
+        Stream("x", "read", n * size, n * size, apart),
+        Stream("turns", "read", period * row, asked, _beside(size) if fast else 2),
+        Stream("x", "write", n * size, n * size, apart),
     )
     return Job(streams, 7 * n / 2)
 
 
 def swiglu(n: int, size: int, fast: bool = True) -> Job:
     """SwiGLU: four operations and two special functions a number."""
-    reads = _reads(size, fast, gate=(n, 1), up=(n, 1))
-    return Job((*reads, *_writes(size, fast, h=n)), 4 * n, 2 * n)
+    reads = _reads(size, gate=(n, 1), up=(n, 1))
+    return Job((*reads, *_writes(size, h=n)), 4 * n, 2 * n)
 
 
 def swiglu_backward(n: int, size: int, fast: bool = True) -> Job:
     """SwiGLU's gradient: ten operations and two special functions a number."""
-    reads = _reads(size, fast, dh=(n, 1), gate=(n, 1), up=(n, 1))
-    return Job((*reads, *_writes(size, fast, dgate=n, dup=n)), 10 * n, 2 * n)
+    reads = _reads(size, dh=(n, 1), gate=(n, 1), up=(n, 1))
+    return Job((*reads, *_writes(size, dgate=n, dup=n)), 10 * n, 2 * n)
 
 
 def cross_entropy(rows: int, width: int, size: int, fast: bool = True) -> Job:
     """Cross-entropy: four operations and an exp2 a number; words are three a row.
 
-    The plain kernel asks for the logits twice. The fast one adjusts its sum once in
-    eight numbers: a quarter of an operation and an eighth of an exp2 more. The logit
-    of the target is asked for once more, in both.
+    The plain kernel asks for the logits twice. The fast one adjusts its sum once in 16
+    bytes: two operations and an exp2 more. The logit of the target is asked for once
+    more, in both.
     """
     n = rows * width
     streams = (
-        *_reads(size, fast, logits=(n, 1 if fast else 2)),
+        *_reads(size, logits=(n, 1 if fast else 2)),
         Stream("logits", "read", 0, rows * size, 32 // size),
     )
     words = rows * (2 * FLOAT32 + INDEX)
-    operations, special = (4.25 * n, 1.125 * n) if fast else (4 * n, n)
-    return Job(streams, operations, special, words)
+    adjusted = n * size / VECTOR if fast else 0
+    return Job(streams, 4 * n + 2 * adjusted, n + adjusted, words)
 
 
 def cross_entropy_backward(rows: int, width: int, size: int, fast: bool = True) -> Job:
     """Its gradient in place of the logits: three operations and an exp2 a number."""
     n = rows * width
     streams = (
-        *_reads(size, fast, logits=(n, 1)),
-        *_writes(size, fast, logits=n),
+        *_reads(size, logits=(n, 1)),
+        *_writes(size, logits=n),
     )
     return Job(streams, 3 * n, n, rows * (2 * FLOAT32 + INDEX))
