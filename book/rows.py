@@ -16,9 +16,10 @@ import numpy as np
 from minidsv3 import corpus
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = {  # columns that are no numbers
-    "arm", "engine", "kind", "case", "architecture", "order",
-}  # fmt: skip
+WORDS = {
+    *("arm", "engine", "kind", "kernel", "how", "dtype", "shape", "limited_by"),
+    *("bound", "machine", "case", "architecture", "order"),
+}  # columns that are no numbers
 
 Row = dict[str, object]
 
