@@ -13,8 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from rows import RESULTS as RESULTS
-from rows import Row
+from rows import RESULTS, Row, read
 
 Array = np.ndarray
 Run = Callable[[], object]
@@ -152,6 +151,41 @@ def against_itself(run: Run, tries: int, turns: bool) -> Array:
 
 
 # --- what the page shows --------------------------------------------------------------
+
+STATE = (
+    "None of the kernels of this book has run on a GPU when this page was built. For a "
+    "chapter on measuring that is an odd place to stand, and a good one: what you say "
+    "about a kernel before its first run can be wrong, and what you say afterwards "
+    "cannot.",
+    "The predictions were committed before the first kernel ran on a GPU: what you say "
+    "about it before can be wrong, and what you say afterwards cannot.",
+)
+"""What the chapter says without and with measured rows."""
+VERDICT = (
+    "Nothing in this table was timed. It was committed before anybody could, so that "
+    "it can be wrong. Once there are measured times, they stand beside it.",
+    "The left part of this table was committed before the right one was measured.",
+)
+
+
+def measured() -> dict[tuple, Row]:
+    """Rows of ``kernel_speed.csv`` by kernel, how and dtype; none if nobody measured."""
+    if not (RESULTS / "kernel_speed.csv").is_file():
+        return {}
+    return {(r["kernel"], r["how"], r["dtype"]): r for r in read("kernel_speed")}
+
+
+def heading(rows: dict[tuple, Row]) -> str:
+    """The heads of the measured columns, where there are any."""
+    return "  measured, µs  of a copy" if rows else ""
+
+
+def beside(predicted: Row, rows: dict[tuple, Row]) -> str:
+    """What was measured of a kernel, for its line in the table of predictions."""
+    found = rows.get(tuple(predicted[name] for name in ("kernel", "how", "dtype")))
+    if found is None:
+        return ""
+    return f"{found['us']:14.0f} {found['of_copy']:10.0%}"
 
 
 def desk(presets: Sequence[Row], machines: Sequence[Any], latency: float) -> str:

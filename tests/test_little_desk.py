@@ -16,24 +16,30 @@ from . import figure_page
 pytestmark = figure_page.needs_chromium
 FIGURE = "little-desk"
 GIVEN = [
-    {"name": "A & B", "registers": 48, "threads": 224, "shared": 128, "asked": 64},
-    {"name": "one", "registers": 32, "threads": 256, "shared": 0, "asked": 2},
-]
+    {
+        "name": "A & B", "registers": 48, "threads": 224, "shared": 128, "asked": 64,
+        "reads": 2 / 3,
+    },
+    {
+        "name": "one", "registers": 32, "threads": 256, "shared": 0, "asked": 2,
+        "reads": 1,
+    },
+]  # fmt: skip
 STATE = """() => {
   const { occupancy, flight } = document.querySelector("little-desk");
   return { ...occupancy, ...flight };
 }"""
-CASES = [  # registers, threads, shared (bytes), asked, latency (ns), machine
-    (48, 224, 128, 64, 700, 0),
-    (49, 224, 128, 64, 700, 0),
-    (56, 224, 128, 64, 700, 0),
-    (16, 32, 0, 2, 300, 1),  # as many blocks as there may be
-    (255, 1024, 0, 128, 1500, 0),  # does not fit
-    (24, 128, 512, 8, 700, 0),
-    (32, 1024, 0, 16, 710, 1),
-    (40, 96, 227 * 1024, 32, 900, 0),  # one block for its shared memory
-    (64, 160, 7 * 1024, 16, 450, 0),
-    (33, 736, 3968, 4, 1000, 1),
+CASES = [  # registers, threads, shared (bytes), asked, latency (ns), machine, reads
+    (48, 224, 128, 64, 700, 0, 1 / 2),
+    (49, 224, 128, 64, 700, 0, 1 / 2),
+    (56, 224, 128, 64, 700, 0, 2 / 3),
+    (16, 32, 0, 2, 300, 1, 1),  # as many blocks as there may be
+    (255, 1024, 0, 128, 1500, 0, 1),  # does not fit
+    (24, 128, 512, 8, 700, 0, 1 / 2),
+    (32, 1024, 0, 16, 710, 1, 1),
+    (40, 96, 227 * 1024, 32, 900, 0, 2 / 3),  # one block for its shared memory
+    (64, 160, 7 * 1024, 16, 450, 0, 1),
+    (33, 736, 3968, 4, 1000, 1, 1 / 2),
 ]
 
 
@@ -59,7 +65,7 @@ def page(opened: Page) -> Page:
 
 def put(
     page: Page, registers: int, threads: int, shared: int, asked: int, latency: int,
-    machine: int,
+    machine: int, reads: float,
 ) -> None:  # fmt: skip
     """Move the sliders and press the buttons, as a reader does."""
     given = {
@@ -68,7 +74,7 @@ def put(
     }  # fmt: skip
     for name, value in given.items():
         page.locator(f'{FIGURE} input[name="{name}"]').fill(str(value))
-    for name, value in {"asked": asked, "machine": machine}.items():
+    for name, value in {"asked": asked, "machine": machine, "reads": reads}.items():
         page.locator(f'{FIGURE} [name="{name}"][value="{value}"]').click()
 
 
@@ -79,13 +85,14 @@ def words(page: Page, selector: str) -> list[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_it_counts_as_the_roofline_does(page: Page, case: tuple) -> None:
     put(page, *case)
-    registers, threads, shared, asked, latency, machine = case
+    registers, threads, shared, asked, latency, machine, reads = case
     gpu = (H200, H100)[machine]
     fits = roofline.occupancy(gpu, registers, threads, shared)
     state = page.evaluate(STATE)
     assert (state["blocks"], state["warps"]) == (fits.blocks, fits.warps)
     assert state["limit"] == fits.limited_by
-    assert state["needed"] == pytest.approx(roofline.in_flight(gpu, latency * 1e-9))
+    needed = reads * roofline.in_flight(gpu, latency * 1e-9)
+    assert state["needed"] == pytest.approx(needed)
     assert state["under"] == fits.blocks * threads * asked
     taken = page.locator(f"{FIGURE} .places i:is(.odd, .even)").count()
     assert taken == fits.warps
@@ -104,7 +111,7 @@ def test_numbers_known_by_hand(page: Page) -> None:
     state = page.evaluate(STATE)
     assert (state["blocks"], state["warps"], state["limit"]) == (5, 35, "registers")
     assert state["under"] == 5 * 224 * 64
-    assert state["needed"] == pytest.approx(4.3e12 * 700e-9 / 132)
+    assert state["needed"] == pytest.approx(4.3e12 * 700e-9 / 132 * 2 / 3)
 
 
 def test_neighbouring_blocks_differ(page: Page) -> None:
@@ -146,13 +153,13 @@ def test_presets_are_set_and_shown(page: Page) -> None:
 def test_what_it_says(page: Page) -> None:
     [said] = words(page, ".say")
     assert re.match(r"5 blocks of 7 warps; a further one would need more registers", said)
-    assert "while 31 % of the threads wait" in said  # 22.8 of 71.7 KB
+    assert "while 21 % of the threads wait" in said  # 15.2 of 71.7 KB
     put(page, *CASES[4])
     assert words(page, ".say") == [
         "Not one block fits: such a kernel cannot be started."
     ]
     page.locator(f"{FIGURE} .presets button").nth(1).click()
-    put(page, 32, 256, 0, 2, 700, 0)
+    put(page, 32, 256, 0, 2, 700, 0, 1)
     assert "memory is at most 17 % busy" in words(page, ".say")[0]
 
 

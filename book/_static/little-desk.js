@@ -1,17 +1,20 @@
 /* <little-desk presets='[{"name": "…", "registers": 48, "threads": 224, "shared": 128,
- *   "asked": 64}]' machines='[{"name": "H200", "bandwidth": 4.3e12}]' latency="700">:
+ *   "asked": 64, "reads": 0.5}]' machines='[{"name": "H200", "bandwidth": 4.3e12}]'
+ *   latency="700">:
  * how many warps does a multiprocessor hold, and how many bytes do they ask for?
  *
  * registers and asked (bytes that are asked for before the first is needed) are a
- * thread's, threads and shared (bytes) a block's, latency is in nanoseconds. The rules
- * are those of minidsv3.gpu.roofline, for compute capability 9.0.
+ * thread's, threads and shared (bytes) a block's; reads is the share of loads in all
+ * bytes that move, latency in nanoseconds. The rules are those of
+ * minidsv3.gpu.roofline, for compute capability 9.0.
  */
 (() => {
   if (customElements.get("little-desk")) return;
   const [WARPS, BLOCKS, SHARED, PARTS, MANY] = [64, 32, 228 * 1024, 4, 132];
   const [REGISTERS, UNIT, SHARED_UNIT, SYSTEM] = [65536, 256, 128, 1024];
   const PRESETS = [ // examples, not measured: a page hands over its own
-    { name: "a kernel", registers: 48, threads: 256, shared: 0, asked: 64 },
+    { name: "a kernel", registers: 48, threads: 256, shared: 0, asked: 64,
+      reads: 1 },
   ];
   const MACHINES = [{ name: "1 TB/s", bandwidth: 1e12 }];
   const SLIDERS = [ // name, words, unit, least, most, step
@@ -21,6 +24,7 @@
     ["latency", "a load takes", "ns", 300, 1500, 10],
   ];
   const ASKED = [2, 4, 8, 16, 32, 64, 128];
+  const READS = [[1 / 2, "½"], [2 / 3, "⅔"], [1, "all"]];
   const STOPS = { warps: "places for warps", registers: "registers",
     "shared memory": "shared memory", blocks: "places for blocks" };
   const up = (n, unit) => Math.ceil(n / unit) * unit;
@@ -64,14 +68,16 @@
         this.presets.map((_, i) => button("preset", i)))}<div class="fields">${
         SLIDERS.map(slider).join("")}</div><p class="asked"><span>bytes a thread asks
         for at once</span>${group("counts", "bytes a thread asks for at once",
-        ASKED.map((n) => button("asked", n, n)))}</p>${group("machines", "machine",
+        ASKED.map((n) => button("asked", n, n)))}</p><p class="asked"><span>of the bytes
+        that move, loads are</span>${group("counts", "loads, of the bytes that move",
+        READS.map(([share, text]) => button("reads", share, text)))}</p>${group("machines", "machine",
         this.machines.map((_, i) => button("machine", i)))}<ul class="numbers">${
-        ["blocks at a time", "warps, of 64", "bytes under way, of the needed"].map(
+        ["blocks at a time", "warps, of 64", "loads under way, of the needed"].map(
         (name) => `<li><span>${name}</span><b></b><i></i></li>`).join("")}</ul>
         <div class="places" role="img">${"<i></i>".repeat(WARPS)}</div><p class="axis">
         64 places for warps; a shade is a block</p><div class="pipe" role="img"><i></i>
-        <u></u></div><p class="axis">bytes under way in one multiprocessor; mark: needed
-        for the whole bandwidth</p><p class="say" role="status" aria-live="polite"></p>`;
+        <u></u></div><p class="axis">loads under way in one multiprocessor; mark:
+        needed for the whole bandwidth</p><p class="say" role="status" aria-live="polite"></p>`;
     }
 
     change(some) {
@@ -95,8 +101,9 @@
     }
 
     get flight() { // bytes of one multiprocessor: what there is, what it takes
-      const { threads, asked, latency, machine } = this.now;
-      const needed = this.machines[machine].bandwidth * latency * 1e-9 / MANY;
+      const { threads, asked, reads, latency, machine } = this.now;
+      const rate = reads * this.machines[machine].bandwidth;
+      const needed = rate * latency * 1e-9 / MANY;
       return { under: this.occupancy.blocks * threads * asked, needed };
     }
 
