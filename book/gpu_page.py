@@ -1,8 +1,9 @@
-"""What chapter 10 needs on its page: bfloat16, sums of counts, a simulator half blind."""
+"""What chapter 10 needs on its page: bfloat16, sums of counts, a blind simulator."""
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 
 from minidsv3.config import Config
 from minidsv3.gpu.races import Memory
-from minidsv3.gpu.simulator import Stats
+from minidsv3.gpu.simulator import Stats, launch
 
 Array = np.ndarray
 
@@ -28,9 +29,15 @@ def floats(found: Array) -> Array:
     return found.view(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def error(found: Array, exact: Array) -> float:
-    """How far apart, against the length of the exact one."""
+def error(found: Any, exact: Any) -> float:
+    """How far apart, against the length of the exact one; arrays or tensors."""
+    found, exact = np.asarray(found), np.asarray(exact)
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def float64(*arrays: Array) -> list[Array]:
+    """What several arrays of bits mean, in float64."""
+    return [floats(array).astype(float) for array in arrays]
 
 
 # --- counts ---------------------------------------------------------------------------
@@ -79,11 +86,47 @@ def norm_widths(config: Config) -> list[int]:
     return config.num_hidden_layers * block + [config.hidden_size]
 
 
-# --- the rest -------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------
+
+
+def said(wrong: Exception, width: int = 72) -> str:
+    """An error's message, its long lines broken; indented ones are source."""
+    lines = str(wrong).splitlines()
+    broken = [[n] if n[:1] == " " else textwrap.wrap(n, width) for n in lines]
+    return "\n".join(line for part in broken for line in part)
 
 
 @contextmanager
 def looking_away() -> Iterator[None]:
     """A simulator that does not look for races, as most do not: for one section."""
-    with mock.patch.object(Memory, "_order", lambda *_: None):
+    with mock.patch.object(Memory, "_order", return_value=None):
         yield
+
+
+# --- launches -------------------------------------------------------------------------
+
+
+def norm_backward(
+    kernel: Callable[..., None], blocks: int, threads: int,
+    dy: Array, x: Array, g: Array, r: Array, **how: bool,
+) -> tuple[Array, Array, Stats]:  # fmt: skip
+    """RMSNorm's gradient by a kernel: dx like x (rows, width), dg (width), the launch.
+
+    The blocks' shares of dg are added up here.
+    """
+    rows, width = x.shape
+    dx, partial = np.zeros_like(x), np.zeros((blocks, width), np.float32)
+    arrays = dy.ravel(), x.ravel(), g, r, dx.ravel(), partial.ravel()
+    numbers = np.uint32(rows), np.uint32(width), np.float32(1 / width)
+    stats = launch(kernel, blocks, threads, *arrays, *numbers, **how)
+    return dx, partial.sum(0), stats
+
+
+def losses(
+    kernel: Callable[..., None], threads: int, z: Array, targets: Array, **how: bool
+) -> tuple[Array, Array, Stats]:
+    """Each row's cross-entropy by a kernel, its log-sum-exp, and the launch."""
+    found, log_sums = np.zeros((2, len(z)), np.float32)
+    arrays = z.ravel(), targets, found, log_sums, np.uint32(z.shape[1])
+    stats = launch(kernel, len(z), threads, *arrays, **how)
+    return found, log_sums, stats
