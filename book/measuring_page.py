@@ -1,4 +1,4 @@
-"""What chapter 11 measures on its page: clocks, neighbours, caches, on the processor."""
+"""What chapter 11 measures on its page, on the processor: clocks, caches, company."""
 
 import contextlib
 import html
@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,7 +26,7 @@ SPINNING = "while True: pass"
 
 
 class Stream:
-    """One worker that does what it is told, in order, while you go on: as a GPU does."""
+    """One worker that does what it is told, in order, while you go on, like a GPU."""
 
     def __init__(self) -> None:
         self.orders: SimpleQueue[Run] = SimpleQueue()
@@ -86,11 +88,13 @@ def copying_anew(size: int, all_of: int = 256 * 2**20, most: int = 400) -> float
     Source and target walk through two arrays of ``all_of`` bytes.
     """
     source, target = np.ones(all_of, np.uint8), np.ones(all_of, np.uint8)
-    places = np.arange(0, all_of - size + 1, size)[:most]
-    found = [
-        times(lambda: np.copyto(target[i : i + size], source[i : i + size]), 1)[0]
-        for i in places
-    ]
+
+    def copy_from(place: int) -> None:
+        part = slice(place, place + size)
+        np.copyto(target[part], source[part])
+
+    places = range(0, all_of - size + 1, size)[:most]
+    found = [times(partial(copy_from, place), 1)[0] for place in places]
     return 2 * size / float(np.median(found))
 
 
@@ -118,9 +122,7 @@ def one_core() -> Iterator[int]:
 def neighbours(count: int) -> Iterator[None]:
     """While inside, so many programs that never rest run where this one runs."""
     command = [sys.executable, "-S", "-c", f"print(flush=True)\n{SPINNING}"]
-    programs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)
-    ]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
     try:
         for program in programs:
             assert program.stdout is not None
@@ -169,7 +171,7 @@ VERDICT = (
 
 
 def measured() -> dict[tuple, Row]:
-    """Rows of ``kernel_speed.csv`` by kernel, how and dtype; none if nobody measured."""
+    """Rows of ``kernel_speed.csv`` by kernel, how, dtype; none if nobody measured."""
     if not (RESULTS / "kernel_speed.csv").is_file():
         return {}
     return {(r["kernel"], r["how"], r["dtype"]): r for r in read("kernel_speed")}
@@ -185,7 +187,15 @@ def beside(predicted: Row, rows: dict[tuple, Row]) -> str:
     found = rows.get(tuple(predicted[name] for name in ("kernel", "how", "dtype")))
     if found is None:
         return ""
-    return f"{found['us']:14.0f} {found['of_copy']:10.0%}"
+    return f"{found['us']:14.0f}{found['of_copy']:11.0%}"
+
+
+def source(table: str, width: int = 78) -> str:
+    """Where the rows of a table come from: the first lines of its file, broken."""
+    lines = (RESULTS / f"{table}.csv").read_text(encoding="utf-8").splitlines()
+    head = (line.removeprefix("# ") for line in lines if line.startswith("#"))
+    how = {"initial_indent": "# ", "subsequent_indent": "#   "}
+    return "\n".join("\n".join(textwrap.wrap(line, width, **how)) for line in head)
 
 
 def desk(presets: Sequence[Row], machines: Sequence[Any], latency: float) -> str:

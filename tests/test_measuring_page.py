@@ -85,8 +85,11 @@ def test_copying_anew_meets_no_byte_twice(monkeypatch) -> None:
     copied = np.zeros(1024, int)
 
     def copyto(target, source) -> None:
-        at = (target.ctypes.data - target.base.ctypes.data) if target.base is not None \
+        at = (
+            (target.ctypes.data - target.base.ctypes.data)
+            if target.base is not None
             else 0
+        )
         copied[at : at + len(target)] += 1
 
     monkeypatch.setattr(page.np, "copyto", copyto)
@@ -114,3 +117,27 @@ def test_the_desk_gets_what_it_was_given() -> None:
     assert [m["name"] for m in machines] == ["H200", "H100"]
     assert machines[1]["bandwidth"] == H100.bandwidth
     assert given["latency"] == "700"
+
+
+def test_the_source_of_rows_fits_the_page(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    words = " ".join(f"word{n}" for n in range(20))
+    (tmp_path / "some.csv").write_text(f"# python some.py\n# {words}\na,b\n1,2\n")
+    first, *others = page.source("some").split("\n")
+    assert first == "# python some.py"
+    assert max(map(len, others)) <= 78
+    assert " ".join(line.strip("# ") for line in others) == words
+
+
+def test_measured_rows_stand_beside_the_predicted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    predicted = {"kernel": "rope", "how": "fast", "dtype": "bfloat16"}
+    assert page.measured() == {}
+    assert page.heading({}) == page.beside(predicted, {}) == ""
+    row = predicted | {"us": 520.4, "of_copy": 0.968}
+    (tmp_path / "kernel_speed.csv").touch()
+    monkeypatch.setattr(page, "read", lambda table: [row])
+    rows = page.measured()
+    assert page.beside(predicted, rows).split() == ["520", "97%"]
+    assert page.beside(predicted | {"how": "plain"}, rows) == ""
+    assert len(page.heading(rows)) == len(page.beside(predicted, rows))
