@@ -33,8 +33,8 @@ BENCHMARKS := $(wildcard tests/benchmarks/test_*.py)
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help book open test test-cuda grade lab bench bench-gpu check-book lint clean setup
-.PHONY: lock stale
+.PHONY: help book open test test-cuda grade lab bench bench-gpu check-book lint clean setup lock
+.PHONY: stale
 
 help: ## List these commands
 	@echo "minidsv3, DeepSeek-V3 from scratch. The commands:"; echo

@@ -90,15 +90,14 @@ def jobs(size: int, is_fast: bool) -> dict[str, Job]:
     blocks = wrappers.BACKWARD_BLOCKS
     down = wrappers.ELEMENTWISE_THREADS // wrappers.WARP
     turned = (TOKENS, HEADS, ROTARY, TOKENS, size, down, is_fast)
-    loss = (LOSS_ROWS, V, size, is_fast)
     found = {
         "rmsnorm": work.rmsnorm(TOKENS, D, size, is_fast),
         "rmsnorm_backward": work.rmsnorm_backward(TOKENS, D, size, blocks, is_fast),
         "rope": work.rope(*turned),
         "swiglu": work.swiglu(GATED, size),
         "swiglu_backward": work.swiglu_backward(GATED, size),
-        "cross_entropy": work.cross_entropy(*loss),
-        "cross_entropy_backward": work.cross_entropy_backward(*loss),
+        "cross_entropy": work.cross_entropy(LOSS_ROWS, V, size, is_fast),
+        "cross_entropy_backward": work.cross_entropy_backward(LOSS_ROWS, V, size),
     }
     if is_fast:
         return found | {"add_rmsnorm": work.add_rmsnorm(TOKENS, D, size)}
