@@ -106,6 +106,14 @@ def test_littles_law() -> None:
     assert roofline.reachable(H200, 1e6, 1e-6) == 1
 
 
+def test_nobody_waits_for_a_store() -> None:
+    """Of a copy half is loads: half of the bytes must be under way as loads."""
+    assert roofline.in_flight(H200, 1e-6, loads=0.5) == pytest.approx(16_288, abs=1)
+    assert roofline.reachable(H200, 8_144, 1e-6, loads=0.5) == pytest.approx(
+        0.5, abs=1e-4
+    )
+
+
 FLOORS = {  # microseconds on an H200, as known before this code
     "RMSNorm": (work.rmsnorm(65_536, 7_168, BFLOAT16), 437),
     "RMSNorm with residual": (work.add_rmsnorm(65_536, 7_168, BFLOAT16), 874),
