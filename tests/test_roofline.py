@@ -114,6 +114,14 @@ def test_nobody_waits_for_a_store() -> None:
     )
 
 
+def test_shares_of_loads() -> None:
+    """Two of SwiGLU's three arrays, one of a norm's two, all that the loss has."""
+    assert work.swiglu(1000, BFLOAT16).loads == pytest.approx(2 / 3)
+    assert work.add(1000, FLOAT32).loads == pytest.approx(2 / 3)
+    assert work.rmsnorm(10_000, 8, BFLOAT16).loads == pytest.approx(0.5, abs=1e-4)
+    assert work.cross_entropy(8, 1000, BFLOAT16).loads == 1
+
+
 FLOORS = {  # microseconds on an H200, as known before this code
     "RMSNorm": (work.rmsnorm(65_536, 7_168, BFLOAT16), 437),
     "RMSNorm with residual": (work.add_rmsnorm(65_536, 7_168, BFLOAT16), 874),

@@ -193,9 +193,7 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def in_flight(
-    machine: Machine, latency: float = LATENCY, loads: float = 1.0
-) -> float:
+def in_flight(machine: Machine, latency: float = LATENCY, loads: float = 1.0) -> float:
     """Bytes of loads that a multiprocessor must have under way to reach the bandwidth.
 
     Little's law: what is in a pipe is its rate times the time through it. latency in
