@@ -1,12 +1,13 @@
 """What a kernel could cost: against figures known by hand, and what kernels ask for.
 
 Occupancies are NVIDIA's: the answers of ``cuda_occupancy.h`` (CUDA 13.0), compiled and
-asked once. Bytes are the simulator's counts, operations are counted while the plain
+asked once. Bytes are the simulator's counts, operations are counted while the
 kernels run. Machine code is in `tests/cuda/test_kernel_code.py`.
 """
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def test_one_pass_saves_the_reading_of_the_sum() -> None:
     assert apart - work.add_rmsnorm(8, 1024, 2).bytes == 8192 * 2
 
 
-# --- operations: counted while the plain kernels run --------------------------------
+# --- operations: counted while the kernels run --------------------------------------
 
 DONE: Counter = Counter()
 
@@ -363,19 +364,37 @@ def special(function):
     return counted
 
 
+class Kept(list):
+    """A thread's local array of numbers that count."""
+
+    def __setitem__(self, i, value):
+        super().__setitem__(i, Counted(value))
+
+
 @pytest.fixture
 def counted(monkeypatch) -> None:
-    """The plain kernels, on numbers that count."""
+    """The kernels, on numbers that count."""
     load = intrinsics.load1
     monkeypatch.setattr(plain, "load1", lambda a, i: Counted(load(a, i)))
     for name in ("exp2", "reciprocal"):
-        monkeypatch.setattr(plain, name, special(getattr(intrinsics, name)))
+        counting = special(getattr(intrinsics, name))
+        monkeypatch.setattr(plain, name, counting)
+        monkeypatch.setattr(fast, name, counting, raising=False)
+    local = SimpleNamespace(array=lambda size, _: Kept([Counted(0)] * size))
+    monkeypatch.setattr(fast, "cuda", OtherLocal(local))
 
 
-COUNTED = [
-    "rmsnorm_plain", "add_plain", "rmsnorm_backward_plain", "swiglu_plain",
-    "swiglu_backward_plain", "cross_entropy_plain", "cross_entropy_backward_plain",
-]  # fmt: skip
+class OtherLocal:
+    """The simulator's cuda, but for its local arrays."""
+
+    def __init__(self, local: SimpleNamespace) -> None:
+        self.local = local
+
+    def __getattr__(self, name: str):
+        return getattr(cuda, name)
+
+
+COUNTED = [name for name in NAMES if not name.startswith("rope")]
 
 
 def operations(name: str, width: int, monkeypatch) -> tuple[Counter, Job]:
