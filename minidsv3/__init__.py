@@ -13,7 +13,8 @@ The map, mechanism by implementation. Imports point downwards only::
     mla           numpy_ref · torch_port
     primitives    numpy_ref · attention_numpy_ref · torch_port · attention_torch_port
                   · cache
-    gpu           simulator · dialect · threads · warps · memory · binding · reports
+    gpu           simulator · dialect · threads · warps · tensor_cores · memory
+                  · copies · binding · reports · intrinsics · compile · ptx
     parameters    names and shapes of every parameter
     checkpoints   models on disk, in DeepSeek's layout
     fp8           matrices in 8 bits, a scale for each block

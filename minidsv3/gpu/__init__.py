@@ -3,13 +3,20 @@
 A kernel is a plain function over ``cuda.*`` and ``math.*`` in Numba's dialect. On a GPU
 Numba compiles it. Here `simulator.launch` runs it one thread at a time, without a GPU
 and without Numba, and says what a GPU would not: which two threads race, which index is
-out of bounds, which threads never reach the barrier. In reading order:
+out of bounds, which threads never reach the barrier. `compile.compiled` makes of the
+same function the machine code that a GPU would load, also without one, and counts what
+is in it. In reading order:
 
     simulator   launch a kernel and count what it did
     dialect     the ``cuda`` object: threadIdx, syncthreads, shared.array, atomic, ...
     threads     threads, warps and blocks: who runs, who waits, who has seen what
     warps       shuffles and votes, as functions of the lanes' values
     memory      arrays that check every access
-    binding     a kernel written against Numba's cuda, made to see ours
+    copies      copies that run beside their thread
     reports     the errors, and where in the kernel they happened
+    intrinsics  what a kernel may say beyond cuda: wide loads, bf16, tensor cores
+    tensor_cores  what those do, as functions of the lanes' values
+    binding     a kernel made to see another cuda, another set of intrinsics
+    compile     the machine code, and what is in it
+    ptx         the intrinsics as instructions; needs numba-cuda
 """
