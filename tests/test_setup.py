@@ -326,8 +326,8 @@ def test_cuda_tests_are_run_by_name_only(tmp_path):
         "tests/cuda/test_b.py",
         "tests/benchmarks/test_c.py",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("def test_it(): pass\n")
+        (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / name).write_text("def test_it(): pass\n")
 
     def collected(*arguments: str) -> set[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
