@@ -59,7 +59,7 @@ open: $(STAMPS)/book ## Open the book in the browser
 test: lint ## Run every test that needs no GPU
 	@$(PYTEST) -n $(JOBS) --maxprocesses 4 $(ARGS)
 
-test-cuda: $(call where,$(CUDA),test cuda) ## Run the tests of the CUDA kernels
+test-cuda: $(call where,$(CUDA),test cuda) ## Compile the CUDA kernels and check them
 	@$(call if_any,$(CUDA),$(PYTEST) tests/cuda $(ARGS),There are no CUDA tests yet.)
 
 grade: $(call where,$(EXERCISES),lab) ## Grade your answers to the exercises
