@@ -27,10 +27,15 @@ FLOORS = {
     "__main__": 6,
 }
 GROUND = 0
-HEAVY = {"numpy_ref": {"torch", "numba"}, "torch_port": {"numba"}}
+HEAVY = {
+    "numpy_ref": {"torch", "numba"},
+    "torch_port": {"numba"},
+    "cuda_kernels": {"numba"},
+}
 # What the kernels stand on must load where there is no numba-cuda, but for one module,
 # and only the compiler, when it is asked to, loads that.
-GPU, PTX, COMPILER = (f"{PACKAGE}/gpu/{name}" for name in ("", "ptx.py", "compile.py"))
+GPU = f"{PACKAGE}/gpu/"
+PTX, COMPILER, LAUNCHER = (f"{GPU}{name}.py" for name in ("ptx", "compile", "launch"))
 CODE_LINES, FUNCTION_LINES, KERNEL_LINES, COLUMNS = 300, 60, 150, 88
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -162,8 +167,9 @@ def heavy_loads(root: Path) -> list[str]:
         kind: ([n for n in every if n.endswith(f"{kind}.py")], heavy)
         for kind, heavy in HEAVY.items()
     }
-    light = [n for n in every if n.startswith(GPU) and n != PTX]
+    light = [n for n in every if n.startswith(GPU) and n not in (PTX, LAUNCHER)]
     kinds["gpu"] = (light, {"torch", "numba"})
+    kinds["launch"] = ([n for n in every if n == LAUNCHER], {"numba"})
     for kind, (names, heavy) in kinds.items():
         modules = [dotted(name).removesuffix(".__init__") for name in names]
         if modules and (extra := loads(root, *modules) & heavy):

@@ -197,7 +197,7 @@ def store1(typing_context: Any, array: Type, i: Type, value: Type) -> Typed:
 
 
 @intrinsic
-def round_to(typing_context, array, value):
+def round_to(typing_context: Any, array: Type, value: Type) -> Typed:
     """There and back again for bfloat16, nothing for float32."""
     size = _holds(array)
 
