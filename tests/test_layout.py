@@ -156,10 +156,18 @@ PROBLEMS = [
     (
         "heavy_loads",
         {
-            "minidsv3/gpu/launch.py": '"""L."""\nimport torch\n',
+            "minidsv3/gpu/warps.py": '"""W."""\nimport torch\n',
             "torch.py": '"""A small stand-in."""\n',
         },
-        "gpu: minidsv3.gpu, minidsv3.gpu.launch load torch",
+        "gpu: minidsv3.gpu, minidsv3.gpu.warps load torch",
+    ),
+    (
+        "heavy_loads",
+        {
+            "minidsv3/gpu/launch.py": '"""L."""\nimport numba\n',
+            "numba.py": '"""A small stand-in."""\n',
+        },
+        "launch: minidsv3.gpu.launch load numba",
     ),
     (
         "heavy_imports",
