@@ -25,4 +25,6 @@ is in it. In reading order:
     compile     the machine code, and what is in it
     ptx         the intrinsics as instructions; needs numba-cuda
     launch      a kernel on torch's tensors: on their GPU, or simulated
+    roofline    how fast a kernel could be, and how many of its warps fit
+    machine_code  what a compiled kernel waits for
 """

@@ -106,11 +106,17 @@ def add_rmsnorm_fast(vectors: int, per: int) -> Kernel:
         step = uint32(per) * uint32(cuda.blockDim.x)
         for e in range(kept_size):
             kept[e] = other[e] = float32(0)
-        for k in range(vectors):  # all loads first: they are under way together
-            i = first + uint32(k) * step
-            if i < width:
-                load(x, row + uint64(i), kept, per * k)
-                load(residual, row + uint64(i), other, per * k)
+        # All loads first: they are under way together. Under a condition, two loads of
+        # bfloat16 would be waited for before the next two; so beyond the row's end the
+        # last vector is loaded again, and forgotten.
+        for k in range(vectors):
+            i = min(first + uint32(k) * step, width - uint32(per))
+            load(x, row + uint64(i), kept, per * k)
+            load(residual, row + uint64(i), other, per * k)
+        for k in range(vectors):
+            if first + uint32(k) * step >= width:
+                for e in range(per):
+                    kept[per * k + e] = other[per * k + e] = float32(0)
         squares = float32(0)
         for e in range(kept_size):
             kept[e] = round_to(total, kept[e] + other[e])
@@ -159,11 +165,10 @@ def rmsnorm_backward_fast(vectors: int, per: int) -> Kernel:
             dg[e] = float32(0)
         for n in range(uint32(cuda.blockIdx.x), rows, uint32(cuda.gridDim.x)):
             row, scale = uint64(n) * uint64(width), r[n]
-            for k in range(vectors):
-                i = first + uint32(k) * step
-                if i < width:
-                    load(dy, row + uint64(i), up, per * k)
-                    load(x, row + uint64(i), kept, per * k)
+            for k in range(vectors):  # without condition, as in add_rmsnorm
+                i = min(first + uint32(k) * step, width - uint32(per))
+                load(dy, row + uint64(i), up, per * k)
+                load(x, row + uint64(i), kept, per * k)
             dot = float32(0)
             for k in range(vectors):
                 i = first + uint32(k) * step
