@@ -67,6 +67,7 @@ def _elementwise(text: str, result: Any, *arguments: Any) -> Any:
 
 
 exp2 = _elementwise("ex2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+log2 = _elementwise("lg2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 rsqrt = _elementwise("rsqrt.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 reciprocal = _elementwise("rcp.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 pack2 = _elementwise(
