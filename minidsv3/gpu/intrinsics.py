@@ -7,6 +7,9 @@ instruction, see `ptx`. Arrays are one-dimensional; an index counts elements.
 Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper half of
 a float32. All arithmetic is in float32. The same kernel serves both, for `load8`,
 `store8`, `load1` and `store1` look at the array's dtype.
+
+The twins differ from a GPU in one thing: its `exp2`, `rsqrt` and `reciprocal` take
+denormal numbers for zero, and the twins do not. No kernel should live on those.
 """
 
 from typing import Any
