@@ -128,12 +128,23 @@ def _drawn(step: Step, source: int, trace: Trace) -> dict[str, Any]:
         "say": _sentence(step, trace.kernel),
         "gives": plain["operands"],
         "gets": None if votes else plain["answers"],
-        "indices": plain["indices"],
+        "indices": plain["indices"] if _names_element(step) else None,
         "offsets": plain["offsets"],
         "width": step.width,
         "from": _senders(step),
         **(_cost(step) if step.space else {}),
     }
+
+
+def _names_element(step: Step) -> bool:
+    """Whether the indices count in the whole array, and not in a view of it."""
+    if step.expression.startswith(f"{step.array}["):
+        return True
+    lane = step.lanes[0]
+    value = step.operands[lane] if step.op == "write" else step.answers[lane]
+    size = step.width // len(value) if isinstance(value, tuple) else step.width
+    index = step.indices[lane]
+    return isinstance(index, int) and index * size == step.offsets[lane]
 
 
 def _readable(value: Any) -> Any:
@@ -186,8 +197,8 @@ def _deed(step: Step, alone: bool) -> str:
         return f"{'shuffles' if alone else 'shuffle'}: {_exchange(step)}."
     answer = step.answers[step.lanes[0]]
     return {
-        "syncthreads": "come to a barrier and wait until every thread of the block has.",
-        "syncwarp": "wait for each other: no lane of the warp goes on before all came.",
+        "syncthreads": "come to a barrier, and wait for every thread of the block.",
+        "syncwarp": "wait for each other: none goes on before all have come.",
         "ballot_sync": f"vote: bit n of the answer {_hex(answer)} is lane n's.",
         "any_sync": f"ask whether it is true for any of them: {_yes(answer)}.",
         "all_sync": f"ask whether it is true for all of them: {_yes(answer)}.",

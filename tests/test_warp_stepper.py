@@ -4,6 +4,7 @@ import html
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page
 
-import gpu_stepper
 from minidsv3.gpu.reductions import block_sum
 from minidsv3.gpu.simulator import cuda, launch
 
 from . import figure_page
 from .test_draft_race import CONTRASTS
 from .test_simulator import line_of
+
+sys.path.insert(0, str(figure_page.BOOK))
+import gpu_stepper  # noqa: E402
 
 FIGURE = "warp-stepper"
 SCRIPTS = ["warp-lanes", "warp-memory", FIGURE]
@@ -45,8 +48,9 @@ def far(x):
     tile[t, 3] = kept[0]
     cuda.syncwarp()
     tile[3, t] = kept[0]
-    tile[t % 2, 0]
-    at_once(tile[1], t)
+    cuda.syncwarp()
+    tile[t % 2, 3]
+    at_once(tile[3], t)
 
 
 def at_once(row, t):
@@ -84,8 +88,8 @@ def of_far():
     return traced(far, np.arange(1024, dtype=np.float32))
 
 
-def of_asks(block: int = 32):
-    return traced(asks, np.zeros(1, np.int32), block=block)
+def of_asks():
+    return traced(asks, np.zeros(1, np.int32))
 
 
 # --- what is worked out here ----------------------------------------------------------
@@ -121,15 +125,22 @@ def test_sectors_that_one_knows_by_hand() -> None:
 
 def test_banks_that_one_knows_by_hand() -> None:
     steps = gpu_stepper.as_data(far, of_far())["steps"]
-    assert [step["space"] for step in steps] == ["global"] + [
-        "shared", None, "shared", "shared", "shared",
+    assert [step["space"] for step in steps] == [
+        "global", "shared", None, "shared", None, "shared", "shared",
     ]  # fmt: skip
-    assert [step["passes"] for step in steps if "passes" in step] == [32, 1, 2, 1]
+    assert [step["passes"] for step in steps if step["space"] == "shared"] == [
+        32,
+        1,
+        2,
+        1,
+    ]
     assert "32 passes over the 32 banks where 1 would do" in steps[1]["say"]
     assert "1 pass over the 32 banks, no conflict" in steps[3]["say"]
     assert "wait for each other" in steps[2]["say"]
-    assert "Lanes 0 to 7, in at_once, read 16 bytes each" in steps[5]["say"]
-    assert len(steps[5]["gets"][0]) == 4 and steps[5]["gets"][8] is None
+    assert "Lanes 0 to 7, in at_once, read 16 bytes each" in steps[6]["say"]
+    assert len(steps[6]["gets"][0]) == 4 and steps[6]["gets"][8] is None
+    assert steps[5]["indices"][1] == [1, 3]
+    assert steps[6]["indices"] is None  # they count within the row, not in tile
 
 
 def test_who_gives_and_what_is_asked() -> None:
@@ -150,7 +161,7 @@ def test_who_gives_and_what_is_asked() -> None:
 def test_the_source_is_the_kernels() -> None:
     data = gpu_stepper.as_data(summed, of_sums())
     (source,) = data["sources"]
-    text = {number: line for number, line in source["lines"]}
+    text = dict(source["lines"])
     assert text[line_of(summed, "# load")] == "    value = x[t]  # load"
     assert not any("Not shown" in line for line in text.values())
     marks = ["load"] + ["exchange"] * 5 + ["half", "syncthreads", "strided"]
@@ -171,11 +182,11 @@ def test_a_librarys_sum_is_at_its_callers_line() -> None:
 
 def test_bits_are_read_as_bfloat16() -> None:
     x = np.full(64, 0x3FC0, np.uint16)  # 1.5
-    data = gpu_stepper.as_data(far_less, traced(far_less, x))
+    data = gpu_stepper.as_data(bits, traced(bits, x))
     assert data["steps"][0]["gets"] == [1.5] * 32
 
 
-def far_less(x):
+def bits(x):
     x[cuda.threadIdx.x]
 
 
@@ -205,13 +216,14 @@ def test_without_javascript_it_is_a_list() -> None:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """Three figures, with the theme's sheet beside ours."""
+    """Four figures, with the theme's sheet beside ours."""
     theme = importlib.util.find_spec("pydata_sphinx_theme")
     sheets = []
     if theme and theme.origin:
         styles = Path(theme.origin).parent / "theme/pydata_sphinx_theme/static/styles"
         sheets.append((styles / "pydata-sphinx-theme.css").as_uri())
-    figures = [(summed, of_sums()), (far, of_far()), (asks, of_asks(24))]
+    figures = [(summed, of_sums()), (far, of_far()), (asks, of_asks())]
+    figures.append((bits, traced(bits, np.arange(24, dtype=np.uint16), block=24)))
     body = (
         "<style>body { margin: 0 16px; background: var(--pst-color-background);"
         "color: var(--pst-color-text-base) }</style><main class='bd-article'>"
@@ -260,7 +272,7 @@ def test_buttons_keys_and_slider_go_the_same_way(page: Page) -> None:
         return page.get_by_role("button", name=f"{name} step").first
 
     assert state(page) == expected(0)
-    press("back").click()
+    press("back").click(force=True)  # as a reader would
     assert state(page) == expected(0)
     for _ in range(2):
         press("next").click()
@@ -270,7 +282,7 @@ def test_buttons_keys_and_slider_go_the_same_way(page: Page) -> None:
     press("last").click()
     assert state(page) == expected(8)
     assert press("next").get_attribute("aria-disabled") == "true"
-    press("next").click()
+    press("next").click(force=True)
     assert state(page) == expected(8)
     for key, at in (("ArrowLeft", 7), ("Home", 0), ("ArrowRight", 1), ("End", 8)):
         press("next").press(key)
@@ -306,8 +318,7 @@ def test_cells_hold_the_values(page: Page) -> None:
     cells = asked(page, ".lane").all_inner_texts()
     # 31 * 16 in all: after four exchanges even lanes have 240, odd ones 256
     assert [cell.split() for cell in cells] == [
-        [str(i), *(("240", "256") if i % 2 == 0 else ("256", "240"))]
-        for i in range(32)
+        [str(i), *(("240", "256") if i % 2 == 0 else ("256", "240"))] for i in range(32)
     ]
     go(page, 0, 6)
     out = asked(page, ".lane.out i").all_inner_texts()
@@ -362,9 +373,9 @@ def test_lines_lead_from_who_gives(page: Page, width: int) -> None:
     ]
     go(page, 0, 0)
     assert page.evaluate(ask, 0) == []
-    go(page, 2, 0)  # down by one; the block has 24 threads
-    found = page.evaluate(ask, 2)
-    assert [row[:2] for row in found] == []
+    go(page, 2, 0)  # down by one: the last lane keeps its own, and needs no line
+    found = [[i + 1, i, "own" if i == 0 else "", True, True, True] for i in range(31)]
+    assert page.evaluate(ask, 2) == found
 
 
 @figure_page.needs_chromium
@@ -383,7 +394,7 @@ def test_memory_is_drawn_as_it_is_counted(page: Page) -> None:
     assert "8 sectors of 32 bytes" in asked(page, "warp-memory p").inner_text()
     go(page, 0, 7)
     assert asked(page, "warp-memory .bar").inner_text() == "the block waits here"
-    for at, passes, filled in ((1, 32, 32), (3, 1, 32), (4, 2, 2), (5, 1, 32)):
+    for at, passes, filled in ((1, 32, 32), (3, 1, 32), (5, 2, 2), (6, 1, 32)):
         go(page, 1, at, lane=1)
         assert asked(page, ".pass", 1).count() == passes
         assert asked(page, ".pass i[class]:not([class=''])", 1).count() == filled
@@ -408,10 +419,14 @@ def test_a_lane_can_be_picked(page: Page) -> None:
     assert asked(page, ".detail").inner_text() == "Lane 5, y[11], from byte 44 on: 496."
     go(page, 0, 6, 20)
     assert asked(page, ".detail").inner_text() == "Lane 20 takes no part."
-    go(page, 1, 5, 7)
-    assert "tile[28] and 3 more" in asked(page, ".detail", 1).inner_text()
-    go(page, 2, 0, 30)
-    assert "is not there" in asked(page, ".detail", 2).inner_text()
+    go(page, 1, 5, 1)
+    assert "Lane 1, tile[1, 3], from byte 140" in asked(page, ".detail", 1).inner_text()
+    go(page, 1, 6, 7)
+    words = asked(page, ".detail", 1).inner_text()
+    assert words == "Lane 7, 4 of tile, from byte 496 on: 896, 928, 960, 992."
+    go(page, 3, 0, 30)
+    assert "is not there" in asked(page, ".detail", 3).inner_text()
+    assert asked(page, ".lane.none", 3).count() == 8
 
 
 CROWDED = """() => {
@@ -432,7 +447,7 @@ def test_it_fits_and_is_readable(page: Page, theme: str, width: int) -> None:
     page.evaluate(
         "(theme) => { document.documentElement.dataset.theme = theme; }", theme
     )
-    for which, steps in enumerate((9, 6, 8)):
+    for which, steps in enumerate((9, 7, 8, 1)):
         contrasts = CONTRASTS.replace("draft-race", f"{FIGURE}[data-now]")
         page.evaluate(
             """(which) => document.querySelectorAll("warp-stepper").forEach((one, i) =>
@@ -456,8 +471,8 @@ def test_it_fits_and_is_readable(page: Page, theme: str, width: int) -> None:
 
 @figure_page.needs_chromium
 def test_nothing_moves_for_who_wants_no_motion(page: Page) -> None:
-    ask = """() => getComputedStyle(document.querySelector(".lane b")).transitionDuration
-      .split(",").every((one) => parseFloat(one) === 0)"""
+    ask = """() => getComputedStyle(document.querySelector(".lane b"))
+      .transitionDuration.split(",").every((one) => parseFloat(one) === 0)"""
     assert page.evaluate(ask)
     page.emulate_media(reduced_motion="no-preference")
     assert not page.evaluate(ask)

@@ -136,9 +136,10 @@
       if (!step.lanes.includes(lane)) return `${name} takes no part.`;
       const [gives, gets] = [step.gives[lane], step.gets?.[lane] ?? null];
       if (step.space) {
-        const more = list(gives ?? gets).length - 1;
-        const index = list(step.indices[lane]).join(", ");
-        const place = `${step.array}[${index}]${more ? ` and ${more} more` : ""}`;
+        const n = list(gives ?? gets).length;
+        const index = step.indices && `[${list(step.indices[lane]).join(", ")}]`;
+        const more = n > 1 ? ` and ${n - 1} more` : "";
+        const place = index ? `${step.array}${index}${more}` : `${n} of ${step.array}`;
         const bytes = `from byte ${step.offsets[lane]} on`;
         return `${name}, ${place}, ${bytes}: ${step.op === "read" ? whole(gets)
           : step.op === "write" ? whole(gives)

@@ -25,9 +25,8 @@ class Step:
     element, within the view that was used. operands: what the lane hands in, for an
     operation of a warp a tuple; after a write or an atomic what is in memory. answers:
     what the lane gets, from an atomic what was there before. An access to several
-    elements has a tuple of values, and the first one's index. offsets: how many bytes an
-    access is from the beginning of its array, and width: how many it takes, for
-    `counts.sectors_of` and `counts.passes_of`.
+    elements has a tuple of values, and the first one's index. offsets: how many bytes
+    an access is from the beginning of its array; width: how many it takes.
     """
 
     function: str
