@@ -167,8 +167,13 @@ def test_the_source_is_the_kernels() -> None:
     marks = ["load"] + ["exchange"] * 5 + ["half", "syncthreads", "strided"]
     for step, mark in zip(data["steps"], marks, strict=True):
         assert mark in text[step["line"]]
-    names = [one["name"] for one in gpu_stepper.as_data(far, of_far())["sources"]]
-    assert names == ["far", "at_once"]
+    kernel, called = gpu_stepper.as_data(far, of_far())["sources"]
+    assert (kernel["name"], called["name"]) == ("far", "at_once")
+    assert called["lines"][0] == [
+        line_of(at_once, "def at_once"),
+        "def at_once(row, t):",
+    ]
+    assert len(called["lines"]) == 3
 
 
 def test_a_librarys_sum_is_at_its_callers_line() -> None:
