@@ -286,7 +286,9 @@ def test_buttons_keys_and_slider_go_the_same_way(page: Page) -> None:
     assert state(page) == expected(1)
     press("last").click()
     assert state(page) == expected(8)
-    assert press("next").get_attribute("aria-disabled") == "true"
+    ask = """() => [...document.querySelectorAll("warp-stepper:first-of-type button")]
+      .slice(0, 4).map((one) => one.ariaDisabled)"""
+    assert page.evaluate(ask) == ["false", "false", "true", "true"]
     press("next").click(force=True)
     assert state(page) == expected(8)
     for key, at in (("ArrowLeft", 7), ("Home", 0), ("ArrowRight", 1), ("End", 8)):
