@@ -237,7 +237,7 @@ def swiglu_backward_fast(
             s = sigmoid(a[e])
             slope = s * (float32(1) + a[e] * (float32(1) - s))
             b[e] = above[e] * b[e] * slope
-            a[e] = above[e] * a[e] * s
+            a[e] = above[e] * (a[e] * s)
         store8(dgate, i, b, 0)
         store8(dup, i, a, 0)
 
