@@ -270,13 +270,17 @@ def logits(rows: int, width: int, kind: str, what: str) -> Array:
         z = 0 * z + 2.5
     elif what == "masked":
         z[:, width // 3 :] = -np.inf
+    elif what == "masked before":  # whole threads see nothing else at first, or ever
+        z[:, : -(width // 3)] = -np.inf
     return rounded(z, kind)
 
 
 def targets_of(rows: int, width: int, what: str) -> Array:
     """Targets first, last and between; where a mask is, before it."""
     last = max(width // 3 - 1, 0) if what == "masked" else width - 1
-    return np.resize([last, 0, last // 2, max(last - 1, 0)], rows).astype(np.int64)
+    first = width - width // 3 if what == "masked before" else 0
+    middle = (first + last) // 2
+    return np.resize([last, first, middle, max(last - 1, first)], rows).astype(np.int64)
 
 
 def exponent_error(z: Array, terms: int) -> float:
@@ -428,7 +432,8 @@ def swiglu_cases() -> list[Job]:
 def loss_cases() -> list[Job]:
     """Words from 1 to V3's; the fast kernels' 32 threads reach 256 at once."""
     found = []
-    several = ["rising", "falling", "far below zero", "large", "equal", "masked"]
+    several = ["rising", "falling", "far below zero", "large", "equal", "masked",
+               "masked before"]  # fmt: skip
     odd = [(1, 1), (2, 7), (3, 127), (1, 128), (2, 129), (1, 300)]
     wide = [(1, 8, 64), (3, 248, 32), (1, 256, 32), (2, 264, 32), (1, 520, 64),
             (1, 4104, 512)]  # fmt: skip

@@ -65,7 +65,7 @@ def test_the_judge_sees_one_bit_of_bfloat16() -> None:
     for i in range(4):
         for step in (1, -1):
             wrong = right.copy()
-            wrong[i] += step
+            wrong[i] = int(wrong[i]) + step
             with pytest.raises(AssertionError, match=rf"y\[{i}\] is .*1 of 4 are"):
                 assert_near("y", wrong, exact, np.zeros(4))
 
