@@ -25,9 +25,11 @@ from minidsv3.primitives import plain_cuda_kernels as plain
 Array = np.ndarray
 Run = Callable[..., Any]
 F32, BF16 = "float32", "bfloat16"
+PLAIN_THREADS = 128  # the plain kernels' contract with whoever launches them
 ORDERS = ["rising", "falling", 7]
 KERNELS = {**vars(plain), **vars(fast)}
 
+NAN = float("nan")
 U = 2.0**-24
 """The largest relative error of one rounding to float32."""
 SMALLEST = 2.0**-126
@@ -57,6 +59,17 @@ def decoded(array: Array) -> Array:
 def rounded(values: Any, kind: str) -> Array:
     """The nearest numbers of a dtype, in float64, in the shape of values."""
     return decoded(encoded(values, kind)).reshape(np.shape(values))
+
+
+def draw(*shape: int, kind: str = F32, size: float = 1, seed: int = 0) -> Array:
+    """Normal numbers times a size, as the dtype has them, in float64."""
+    rng = np.random.default_rng([seed, *shape])
+    return rounded(size * rng.normal(size=shape), kind)
+
+
+def blank(n: int, kind: str) -> Array:
+    """An array nobody has written: numbers that are none."""
+    return encoded(np.full(n, NAN), kind)
 
 
 def assert_near(name: str, got: Array, exact: Array, error: Array) -> None:

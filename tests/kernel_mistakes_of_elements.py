@@ -126,8 +126,8 @@ LOSSES = {
     "a maximum from zero": (  # the sum is zero, whose log Python refuses
         P, LOSS, LOSS, ValueError, ("largest = LOWEST", "largest = float32(0)")),
     "no maximum subtracted": (
-        P, LOSS, LOSS, ValueError, ("largest = tree_max(largest, scratch)",
-                                    "largest = float32(0) * tree_max(largest, scratch)")),
+        P, LOSS, LOSS, ValueError, (
+            "largest = tree_max(largest", "largest = float32(0) * tree_max(largest")),
     "each thread's own maximum": (
         P, LOSS, LOSS, Numbers, ("largest = tree_max", "tree_max")),
     "the maximum not added back": (

@@ -10,8 +10,7 @@ from numpy import float32, uint32
 from minidsv3.gpu.dialect import cuda
 from minidsv3.gpu.reductions import block_max, block_sum, warp_max, warp_sum
 from minidsv3.primitives.plain_cuda_kernels import tree_max, tree_sum
-from tests.kernel_cases import PLAIN_THREADS, blank, draw
-from tests.kernel_jobs import F32, KERNELS, Job, U, encoded
+from tests.kernel_jobs import F32, KERNELS, PLAIN_THREADS, Job, U, blank, draw, encoded
 
 
 def over_warps(x, sums, maxima, other_sums):

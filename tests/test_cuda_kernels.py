@@ -10,6 +10,7 @@ import pytest
 
 from minidsv3.primitives import fast_cuda_kernels, plain_cuda_kernels
 from tests import kernel_cases, kernel_jobs
+from tests.kernel_cases_of_elements import rope
 from tests.kernel_jobs import BF16, F32, ORDERS, Job, assert_near, encoded, simulated
 from tests.reduction_cases import SCOPE, reduction_cases
 
@@ -109,7 +110,7 @@ def test_the_judge_sees_a_change_of_what_is_only_read() -> None:
 
 
 def test_the_judge_sees_a_change_of_the_part_that_does_not_turn() -> None:
-    job = kernel_cases.rope(1, 1, 1, 10, 6, dead=3)
+    job = rope(1, 1, 1, 10, 6, dead=3)
 
     def careless(kernel, grid, block, *args):
         simulated("rising")(kernel, grid, block, *args)
