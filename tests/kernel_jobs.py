@@ -76,14 +76,16 @@ def assert_near(name: str, got: Array, exact: Array, error: Array) -> None:
     """Every number within its error; a bfloat16 within half a unit in its last place.
 
     error bounds what float32 arithmetic may have done, number by number. Storing as
-    bfloat16 rounds once more, to the nearest: half of 2^(e-7), where 2^e ≤ |exact|. A
-    norm of the difference would not see a result that is truncated, or rounded twice.
+    bfloat16 rounds once more, to the nearest: half of 2^(e-7), where 2^e is not above
+    the smaller of the two. A norm of the difference would not see a result that is
+    truncated, or rounded twice.
     """
     values, exact = decoded(got), np.ravel(exact)
     bound = np.broadcast_to(error, np.shape(exact)).ravel()
     if got.dtype == np.uint16:
         with np.errstate(divide="ignore"):
-            exponent = np.floor(np.log2(np.abs(exact)))
+            smaller = np.minimum(np.abs(exact), np.abs(values))
+            exponent = np.floor(np.log2(smaller))
         bound = bound + 0.5 * 2.0 ** (np.maximum(exponent, -126) - 7)
     same = (values == exact) | (np.isnan(values) & np.isnan(exact))
     with np.errstate(invalid="ignore"):
