@@ -296,17 +296,14 @@ def test_wide_rows_take_the_fast_kernels(dtype, launched) -> None:
 @pytest.mark.parametrize("change", [misaligned, lambda x: x[..., :15].contiguous()])
 def test_others_take_the_plain_kernels(dtype, change, launched) -> None:
     x = change(draw(2, 1, 2, 16, dtype=dtype))
-    g, up = (
-        change(draw(16, dtype=dtype)),
-        change(draw(2, 1, 2, 16, dtype=dtype, seed=1)),
-    )
+    g, up = change(draw(16, dtype=dtype)), x
     ops.rmsnorm(x, g, EPS)
     ops.add_rmsnorm(x, up, g, EPS)[1].sum()
     leaf = x.detach().requires_grad_()
     ops.rmsnorm(leaf, g, EPS).sum().backward()
     ops.swiglu(leaf, up).sum().backward()
     ops.cross_entropy_(leaf, torch.zeros(2, 1, 2)).backward()
-    ops.rotate_(x.detach(), rotation_of(1, 3))
+    ops.rotate_(x.detach(), rotation_of(1, 4))
     assert launched and not [name for name in launched if name.endswith("_fast")]
 
 

@@ -20,6 +20,7 @@ from tests.test_cuda_operations import (
     rotated,
     rotation_of,
 )
+from tests.test_torch_model import needs_compiler
 
 # --- custom operators ---------------------------------------------------------------
 
@@ -102,7 +103,13 @@ def run(function, inputs: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *[leaf.grad for leaf in leaves]]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+BACKENDS = [
+    "aot_eager",
+    pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_like_eager_and_right(name, backend) -> None:
     torch.compiler.reset()
