@@ -178,7 +178,7 @@ def swiglu_backward_plain(
         s = sigmoid(a)
         slope = s * (float32(1) + a * (float32(1) - s))
         store1(dgate, i, above * load1(up, i) * slope)
-        store1(dup, i, above * a * s)
+        store1(dup, i, above * (a * s))  # above * a may overflow where s is 0
 
 
 def cross_entropy_plain(
