@@ -174,6 +174,7 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(patsubst %,$(STAMPS)/%,book test lab cuda): $(STAMPS)/%: $(STAMPS)/torch \
   pyproject.toml constraints.txt
-	@echo "-- Installing minidsv3 and what 'make $*' needs: a minute or two."
+	@echo "-- Installing minidsv3 and what 'make $(patsubst cuda,test-cuda,$*)' needs:" \
+	  "a minute or two."
 	@$(call install,--constraint constraints.txt --editable ".[$*]")
 	@touch $@
