@@ -18,7 +18,7 @@ from minidsv3 import corpus
 RESULTS = Path(__file__).parent / "results"
 WORDS = {
     *("arm", "engine", "kind", "kernel", "how", "dtype", "shape", "limited_by"),
-    *("bound", "machine"),
+    *("bound", "machine", "case", "architecture", "order"),
 }  # columns that are no numbers
 
 Row = dict[str, object]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from grader import notebooks, report
+from grader import kernels, notebooks, report
 from grader.gradebook import cell_gone, contradiction, unheard_of, verdict_on
 from grader.notebooks import Notebook, NotebookError, Place
 from grader.source import EXERCISES, exercises
@@ -97,6 +97,7 @@ class Book:
 
 
 BOOK = pytest.StashKey[Book]()
+SHORT = pytest.StashKey[bool]()
 
 
 class NotebookFile(pytest.File):
@@ -151,6 +152,16 @@ def pytest_configure(config) -> None:
     if only_these and config.option.verbose <= 0:
         config.option.no_header = True
         config.option.reportchars = ""
+    config.stash[SHORT] = only_these and config.option.verbose == 0
+    if config.stash[SHORT]:
+        config.option.verbose = -1  # no headline, no count: the last line has both
+
+
+def pytest_sessionstart(session) -> None:
+    """A line for each notebook all the same."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and session.config.stash[SHORT]:
+        reporter.showfspath = True
 
 
 def pytest_collect_file(file_path: Path, parent):
@@ -197,8 +208,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
     saved = [p for p in notebooks.paths() if p.name in touched]
     waiting = {r["exercise"]: r["waits"] for r in runs if "waits for" in r["waits"]}
     lines = report.footer(states, places, saved, waiting)
-    if any(".cuda." in id_ for id_ in states):
-        lines[-1] += "    CUDA: simulator"
+    if kernels_judged := [s for id_, s in states.items() if ".cuda." in id_]:
+        ran = set(kernels_judged) != {TODO} and kernels.on_a_card()
+        lines[0] += f"    CUDA: simulator{' and GPU' * ran}"
     terminalreporter.ensure_newline()
     terminalreporter.section("progress")
     for line in lines:

@@ -52,9 +52,11 @@ def untouched(now: object, before: object) -> bool:
     return True
 
 
-def ready(kind: str) -> Callable:
-    """The caller for one kind of exercise, with what it needs imported."""
+def ready(kind: str, function: Callable) -> Callable:
+    """The caller for one kind of exercise, with what it needs imported.
+
+    The library is within reach here, and no longer when the answer runs.
+    """
     if kind == "cuda":
-        kernels.simulator()  # the library is out of reach while an answer runs
-        return kernels.as_kernel
+        return kernels.caller(function)
     return tensors.with_tensors if kind == "torch" else with_arrays

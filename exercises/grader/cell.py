@@ -16,6 +16,10 @@ from grader.source import Exercise, defined_names, find
 
 # What holds the answers, and what answers a NumPy exercise in one call.
 LIBRARY = ("minidsv3", "solutions", "checks", "grader")
+FOR_KERNELS = tuple(
+    f"minidsv3.gpu.{name}"
+    for name in ("simulator", "dialect", "intrinsics", "reductions")
+)
 READY_MADE = ("torch", "scipy", "jax", "tensorflow", "transformers", "sklearn")
 
 
@@ -58,6 +62,12 @@ def parsed(text: str, exercise: Exercise) -> ast.Module:
 def refuse_import(name: str, exercise: Exercise) -> None:
     """Raise Fault where a module holds the answer already made."""
     top = name.partition(".")[0]
+    if exercise.kind == "cuda" and name in FOR_KERNELS:
+        raise Fault(
+            f"`{name}` is imported already",
+            "The notebook's first cell does that, and whoever judges it runs that cell "
+            "first. Take the line out of this one.",
+        )
     if top in LIBRARY:
         raise Fault(
             f"Borrowed from {top}",

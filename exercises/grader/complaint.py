@@ -12,13 +12,19 @@ class TimeUp(BaseException):
 
 @dataclass(frozen=True)
 class Complaint:
-    """A fault of a call. ``last``: it is told only if the value itself is right."""
+    """A fault of a call. ``last``: it is told only if the value itself is right.
+
+    report: what was observed, in full. where: the facts of it by which one mistake is
+    told from another under the same headline.
+    """
 
     headline: str
     advice: str
     value: object = None
     last: bool = False
     argument: int = 0  # counted from 1, if it is about one
+    report: str = ""
+    where: tuple = ()
 
     @classmethod
     def mutated(cls, number: int, value: object) -> "Complaint":

@@ -1,25 +1,34 @@
-"""Calls of CUDA answers: in the simulator, in rising and in falling thread order.
+"""Calls of CUDA answers: in the simulator, in several orders of the threads.
 
 With an NVIDIA card the kernel runs there as well. The simulator comes first: it says
 what is wrong, where the card would give another number or hang.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from grader.complaint import Complaint
 from grader.spec import Check, Launch
 
-ORDERS = ("rising", "falling")
+ORDERS = ("rising", "falling", 1)  # the last is the seed of an order by lot
 FOUND = {
-    "RaceError": "A race between threads",
+    "AlignmentError": "An address that a wide access cannot have",
     "BoundsError": "An index outside its array",
     "DivergenceError": "A barrier that not all threads reach",
+    "RaceError": "A race between threads",
     "UninitialisedError": "Memory read before anything was written to it",
+}
+UNITS = {
+    "bytes": ("global", "bytes asked for"),
+    "sectors": ("global", "sectors of 32 bytes moved"),
+    "passes": ("shared", "passes over the banks of shared memory"),
+    "conflicts": ("shared", "passes lost to bank conflicts"),
 }
 
 
@@ -31,33 +40,51 @@ def simulator() -> ModuleType:
     return simulator
 
 
-def as_kernel(kernel: Callable, check: Check, case: Launch, first: bool) -> object:
+def caller(kernel: Callable) -> Callable:
+    """`as_kernel` for this kernel, translated for the card if there is one.
+
+    To be called while the library is within reach, which it is not in `as_kernel`.
+    """
+    simulator()
+    return partial(as_kernel, there=for_the_card(kernel) if on_a_card() else None)
+
+
+def as_kernel(
+    kernel: Callable, check: Check, case: Launch, first: bool, there: Any = None
+) -> object:
     """Launch on copies of the arrays; the outputs are full of NaN before."""
     results = []
     for order in ORDERS:
         given = prepared(case)
         try:
-            simulator().launch(
+            stats = simulator().launch(
                 kernel, case.grid, case.block, *given, order=order,
                 dynamic_shared=case.dynamic_shared,
+                count=bool(case.limits) and not results,
             )  # fmt: skip
         except simulator().SimulatorError as error:
-            return Complaint(
-                FOUND.get(type(error).__name__, "In the kernel"), str(error)
-            )
+            headline = FOUND.get(type(error).__name__, "In the kernel")
+            where = error.block, error.thread, error.others, error.index
+            return Complaint(headline, "", report=str(error), where=where)
         if said := changed(case, given):
             return said
         results.append(tuple(given[i] for i in case.outputs))
-    first_order, second = results
-    if not all(map(np.array_equal, first_order, second, [True] * len(second))):
-        return Complaint(
-            "The result depends on the order of the threads",
-            "In falling order the kernel gives other numbers than in rising order.",
-            first_order,
-        )
-    if on_a_card():
-        return launched_there(kernel, case)
-    return one_or_all(first_order)
+        if not results[1:]:
+            counted = stats
+        elif not all(map(same_bits, results[0], results[-1])):
+            return Complaint(
+                "The result depends on the order of the threads",
+                "In another order of the threads the kernel gives other numbers. Sums "
+                "of floats must be added up in an order that is always the same.",
+                one_or_all(results[0]),
+            )
+    if said := beyond(case, counted, kernel):
+        headline, report = said
+        value = one_or_all(results[0])
+        return Complaint(headline, "", value, last=True, report=report)
+    if there is not None:
+        return launched_there(there, case)
+    return one_or_all(results[0])
 
 
 def prepared(case: Launch) -> list:
@@ -67,6 +94,11 @@ def prepared(case: Launch) -> list:
         whole = given[i].dtype.kind in "iu"
         given[i].fill(np.iinfo(given[i].dtype).min if whole else np.nan)
     return given
+
+
+def same_bits(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether two results agree to the last digit, NaN with NaN."""
+    return np.array_equal(one, two, equal_nan=one.dtype.kind == "f")
 
 
 def changed(case: Launch, given: list) -> Complaint | None:
@@ -79,25 +111,71 @@ def changed(case: Launch, given: list) -> Complaint | None:
     return None
 
 
+def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[str, str] | None:
+    """The first limit that a launch broke: its headline, and what was counted."""
+    names = [*inspect.signature(getattr(kernel, "py_func", kernel)).parameters]
+    for limit in case.limits:
+        found = [
+            access
+            for access in stats.accesses
+            if access.space == UNITS[limit.counted][0]
+            and limit.kind in ("", access.kind)
+            and (limit.array is None or access.array == names[limit.array])
+        ]
+        number = sum(getattr(access, limit.counted) for access in found)
+        if number > limit.most:
+            lines = [
+                f"  {getattr(a, limit.counted)} in line {a.line}: {a.text}"
+                for a in found
+            ]
+            said = f"{number} {UNITS[limit.counted][1]}; {limit.most} will do."
+            return limit.headline, "\n".join([said, *lines])
+    return None
+
+
+# --- on a card ----------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
 def on_a_card() -> bool:
-    """Whether there is a card that Numba can use."""
-    try:
-        from numba import cuda
-    except ImportError:
+    """Whether there is a card that our compiler can build kernels for."""
+    from minidsv3.gpu import compile as compiler
+
+    if not compiler.available():
         return False
+    from numba import cuda
+
     return bool(cuda.is_available())
 
 
-def launched_there(kernel: Callable, case: Launch) -> object:
+def for_the_card(kernel: Callable) -> Any:
+    """The kernel for Numba, whether it speaks our ``cuda`` or Numba's own."""
+    from numba import cuda
+
+    from minidsv3.gpu.compile import for_numba
+
+    return cuda.jit(for_numba(kernel))
+
+
+def launched_there(kernel: Any, case: Launch) -> object:
     """The same launch on the card."""
     from numba import cuda
 
-    given = [
-        cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in prepared(case)
-    ]
-    compiled = kernel if hasattr(kernel, "py_func") else cuda.jit(kernel)
-    compiled[case.grid, case.block, 0, case.dynamic_shared](*given)
-    return one_or_all(given[i].copy_to_host() for i in case.outputs)
+    try:
+        given = [
+            cuda.to_device(a) if isinstance(a, np.ndarray) else a
+            for a in prepared(case)
+        ]
+        kernel[case.grid, case.block, 0, case.dynamic_shared](*given)
+        return one_or_all(given[i].copy_to_host() for i in case.outputs)
+    except Exception as error:  # it may be anything of Numba's or the driver's
+        said = str(error).strip().splitlines() or [""]
+        return Complaint(
+            "It runs in the simulator, and not on the card",
+            "Numba compiles less than Python can do: no lists, no strings, and shapes "
+            "of shared and local arrays that are constants.",
+            report=f"{type(error).__name__}: " + "\n".join(said[:6]),
+        )
 
 
 def one_or_all(arrays: Iterable[np.ndarray]) -> object:

@@ -31,16 +31,34 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The most that a launch may ask of memory, and the headline if it asks more.
+
+    counted: "sectors" or "bytes" of global memory, "passes" or "conflicts" of shared
+    memory, as `minidsv3.gpu.counts` counts them. array: the position of the argument
+    that it is about; None: all arrays there. kind: "read" or "write"; empty: both.
+    """
+
+    headline: str
+    counted: str
+    most: int
+    array: int | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True)
 class Launch(Case):
     """One launch of a kernel: the arrays whose positions ``outputs`` names come back.
 
-    They are handed to the kernel full of NaN (integers: of their lowest value).
+    They are handed to the kernel full of NaN (integers: of their lowest value). A right
+    result is refused all the same if the launch breaks one of the ``limits``.
     """
 
     grid: int | tuple[int, ...]
     block: int | tuple[int, ...]
     outputs: tuple[int, ...]
     dynamic_shared: int = 0
+    limits: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True)

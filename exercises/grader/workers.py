@@ -6,6 +6,7 @@ starts each time. This guards against accidents, not against malice.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,8 @@ def warm_up() -> None:
     if "torch" in kinds:  # the second is what gradcheck imports when it first runs
         preload += ["torch", "torch.fx.experimental.symbolic_shapes"]
     if "cuda" in kinds:
-        preload.append("minidsv3.gpu.simulator")
+        preload += [f"minidsv3.gpu.{name}" for name in ("reductions", "compile")]
+        preload += ["greenlet"]
     CONTEXT.set_forkserver_preload(preload)
     with surroundings(), no_main():
         forkserver.ensure_running()
@@ -91,6 +93,7 @@ def _wait(ours: Connection, answer: Answer, seconds: float) -> Verdict:
 
 def _work(theirs: Connection, answer: Answer, seconds: float, memory: int) -> None:
     """In the process: silence its files, set the limits, judge, report."""
+    gc.freeze()  # a kernel's many threads make it look through all that is loaded
     _silence()
     _limit_memory(memory)
     _limit_time(seconds)

@@ -229,20 +229,36 @@ def test_a_wait_names_its_number_of_groups(architecture) -> None:
 # --- what the compiler may do with them ---------------------------------------------
 
 
-def test_what_a_warp_does_together_is_convergent(monkeypatch) -> None:
-    """Else a compiler may move it into a branch that not all lanes take."""
-    said, plain_asm = {}, ptx._asm
+@pytest.fixture
+def said(monkeypatch) -> dict[str, str]:
+    """What LLVM is told of each line of PTX, by the first word of its instruction."""
+    calls, plain_asm = {}, ptx._asm
 
     def spy(builder, result, text, *rest, **options):
         call = plain_asm(builder, result, text, *rest, **options)
-        said[text.split()[0]] = str(call)
+        calls[text.split()[0].split(".")[0]] = str(call)
         return call
 
     monkeypatch.setattr(ptx, "_asm", spy)
+    return calls
+
+
+def test_what_a_warp_does_together_is_convergent(said) -> None:
+    """Else a compiler may move it into a branch that not all lanes take."""
     compiled(kernels.product, "u4[] u4[] f4[]")
-    assert {name.split(".")[0] for name in said} == {"ldmatrix", "mma"}
+    assert set(said) == {"ldmatrix", "mma"}
     for call in said.values():
         assert "asm sideeffect" in call and "convergent" in call
+    assert "~{memory}" in said["ldmatrix"]  # it reads what was stored before
+
+
+def test_copies_stay_where_they_are_and_arithmetic_need_not(said) -> None:
+    compiled(kernels.copied_aside, "u4[] u4[]")
+    assert "asm sideeffect" in said["cp"] and "~{memory}" in said["cp"]
+    compiled(elementwise(exp2), "f4[] f4[] i4")
+    compiled(kernels.packed, "f4[] u4[] i4")
+    for name in ("ex2", "cvt"):
+        assert "sideeffect" not in said[name] and "readnone" in said[name]
 
 
 def dropped(x, y):
