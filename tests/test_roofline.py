@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy import float32, uint32
+from numpy import float32, uint32, uint64
 
 from minidsv3.gpu import intrinsics, roofline
 from minidsv3.gpu.roofline import H100, H200, Work, floor, occupancy
@@ -175,7 +175,7 @@ def norms(given: Given) -> dict[str, tuple]:
                           work.rmsnorm(**rows, fast=False)),
         "rmsnorm_fast": (fast.rmsnorm_fast(*made), ROWS, 32, forward,
                          work.rmsnorm(**rows)),
-        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint32(n)),
+        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint64(n)),
                       work.add(n, given.size)),
         "add_rmsnorm_fast": (fast.add_rmsnorm_fast(*made), ROWS, 32, added,
                              work.add_rmsnorm(**rows)),
@@ -191,16 +191,17 @@ def norms(given: Given) -> dict[str, tuple]:
 def gates_and_turns(given: Given) -> dict[str, tuple]:
     """The same for SwiGLU and RoPE."""
     per, n, size = given.per, given.n, given.size
-    count, blocks = uint32(n), given.blocks
+    count, blocks = uint64(n), given.blocks
     x = ones(given.dtype, TOKENS * HEADS * ROTARY)
     shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
-    numbers = map(uint32, (HEADS, ROTARY, ROTARY, PERIOD))
-    rope = x, floats(PERIOD * ROTARY), *numbers, float32(1)
+    numbers = *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
+    rope = x, floats(PERIOD * ROTARY), *numbers
+    many = x, floats(PERIOD * ROTARY), uint32(TOKENS), *numbers
     warps = ROTARY // per * 4 // 32
     return {
         "rope_plain": (plain.rope_plain, TOKENS, 128, rope,
                        work.rope(*shape, fast=False)),
-        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
+        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), many,
                       work.rope(*shape, warps=warps)),
         "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*given.many(3), count),
                          work.swiglu(n, size)),
@@ -220,7 +221,8 @@ def gates_and_turns(given: Given) -> dict[str, tuple]:
 def losses(given: Given) -> dict[str, tuple]:
     """The same for cross-entropy."""
     targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
-    loss, rows = (*given.many(1), targets, *each, uint32(WIDTH)), given.rows
+    loss = *given.many(1), targets, *each, floats(ROWS), uint32(WIDTH)
+    rows = given.rows
     return {
         "cross_entropy_plain": (plain.cross_entropy_plain, ROWS, 128, loss,
                                 work.cross_entropy(**rows, fast=False)),
