@@ -16,7 +16,10 @@ import numpy as np
 from minidsv3 import corpus
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = {"arm", "engine", "kind"}  # columns that are no numbers
+WORDS = {
+    *("arm", "engine", "kind", "kernel", "how", "dtype", "shape", "limited_by"),
+    *("bound", "machine", "case", "architecture", "order"),
+}  # columns that are no numbers
 
 Row = dict[str, object]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -52,6 +53,7 @@ SECTORS = {
     "permuted": ("float32", [i ^ 21 for i in LANES], 4),
     "float64": ("float64", [*LANES], 8),
     "bytes": ("uint8", [*LANES], 1),
+    "12 bytes over a border": ([("xyz", "f4", 3)], [2] + [None] * 31, 2),
     "half of the lanes": ("float32", [i if i < 16 else None for i in LANES], 2),
 }
 
@@ -121,7 +123,7 @@ def test_a_column_of_a_tile(columns: int, passes: int) -> None:
 
 
 def shared_at(dtype, n, where, op):
-    tile = cuda.shared.array(512, dtype)
+    tile = cuda.shared.array(512, dtype, alignment=16)
     t = cuda.threadIdx.x
     if t < len(where) and where[t] is not None:
         if op == "atomic":
@@ -175,7 +177,7 @@ def test_atomics_that_meet_go_one_by_one(where: list, passes: int) -> None:
 
 
 def follows(x, tile_size, n, where):
-    tile = cuda.shared.array(tile_size, x.dtype)
+    tile = cuda.shared.array(tile_size, x.dtype, alignment=16)
     t = cuda.threadIdx.x
     for i in range(t, tile_size, cuda.blockDim.x):
         tile[i] = 0
@@ -408,7 +410,7 @@ def test_vectors_convert_as_elements_do() -> None:
 
 
 def vector_of_shared(out):
-    tile = cuda.shared.array(8, np.float32)
+    tile = cuda.shared.array(8, np.float32, alignment=16)
     t = cuda.threadIdx.x
     tile[t] = t
     cuda.syncthreads()  # before
@@ -527,6 +529,26 @@ def test_integers_of_numpy_are_indices(integer: type) -> None:
             launch(lambda x: x[integer(-1)], 1, 1, x)
 
 
+# --- arithmetic -----------------------------------------------------------------------
+
+
+def overflows(x):
+    t = cuda.threadIdx.x
+    cuda.syncthreads()
+    x[t] = x[t] / x[t]  # 0 / 0
+    cuda.syncwarp()
+    x[t + 2] = np.float32(3e38) * np.float32(t + 9)
+
+
+def test_arithmetic_makes_no_noise() -> None:
+    x, before = np.zeros(4, np.float32), np.geterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch(overflows, 1, 2, x)
+    np.testing.assert_array_equal(x, [math.nan, math.nan, math.inf, math.inf])
+    assert np.geterr() == before
+
+
 # --- traces ---------------------------------------------------------------------------
 
 
@@ -615,6 +637,18 @@ def test_steps_keep_the_order_of_each_lane() -> None:
     for lane in (0, 1):
         own = [s.indices[lane] for s in found if lane in s.lanes]
         assert own == [i for k in range(3) for i in [k] + [k + 3] * ((lane + k) % 2)]
+
+
+def one_lane_goes_round(x):
+    if cuda.threadIdx.x == 1:
+        for k in range(3):
+            x[k]  # alone
+    x[5]  # both
+
+
+def test_a_step_waits_for_all_its_lanes() -> None:
+    found = steps(one_lane_goes_round, 2, np.zeros(6))
+    assert [s.lanes for s in found] == [(1,), (1,), (1,), (0, 1)]
 
 
 def test_lanes_that_wait_for_each_other_go_alone() -> None:

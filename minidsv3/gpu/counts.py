@@ -23,7 +23,6 @@ Which lanes act together is `watching.Turn`'s approximation.
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 
 from minidsv3.gpu.warps import WARP_SIZE
 from minidsv3.gpu.watching import Event, Site, Turn
@@ -127,8 +126,7 @@ class Counts:
 
 def cost(turn: Turn, lanes: Lanes) -> dict[str, int]:
     """What one request asks for and what that takes, under `Access`'s names."""
-    offsets = sorted({offset for _, offset in lanes})
-    needed = turn.width + sum(min(turn.width, b - a) for a, b in pairwise(offsets))
+    needed = turn.width * len({offset for _, offset in lanes})  # aligned: none overlap
     sectors = passes = 0
     if turn.space == "global":
         sectors, least = sectors_of(lanes, turn.width), -(-needed // SECTOR)

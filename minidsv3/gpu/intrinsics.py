@@ -7,6 +7,9 @@ instruction, see `ptx`. Arrays are one-dimensional; an index counts elements.
 Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper half of
 a float32. All arithmetic is in float32. The same kernel serves both, for `load8`,
 `store8`, `load1` and `store1` look at the array's dtype.
+
+The twins differ from a GPU in one thing: its `exp2`, `rsqrt` and `reciprocal` take
+denormal numbers for zero, and the twins do not. No kernel should live on those.
 """
 
 from typing import Any
@@ -15,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy import float32, uint32
 
+from minidsv3.gpu.copies import copies_of
 from minidsv3.gpu.dialect import warp_operation
 from minidsv3.gpu.threads import current
 from minidsv3.gpu.warps import FULL_MASK
@@ -23,6 +27,8 @@ F32 = np.dtype(np.float32)
 BF16_BITS = np.dtype(np.uint16)
 LOG2_E = float32(1.4426950408889634)
 """log2(e): ``exp(x) = exp2(x * LOG2_E)``, and the hardware has only the right side."""
+
+SMALLEST_NORMAL = float32(2.0**-126)
 
 Words = tuple[uint32, uint32, uint32, uint32]
 
@@ -37,8 +43,10 @@ def float_of(bits: Any) -> float32:
 
 def bits_of(value: float32) -> np.uint16:
     """A float32 as bfloat16, rounded to nearest, ties to even (``cvt.rn.bf16.f32``)."""
-    rounded = np.float32(value).astype(ml_dtypes.bfloat16)
-    return np.uint16(0x7FFF) if np.isnan(rounded) else rounded.view(np.uint16)
+    value = np.float32(value)
+    if np.isnan(value):
+        return np.uint16(0x7FFF)
+    return value.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def pack2(low: float32, high: float32) -> uint32:
@@ -75,6 +83,23 @@ def round_to(array: Any, value: float32) -> float32:
     return value if array.dtype == F32 else float_of(bits_of(value))
 
 
+def load4(array: Any, i: int, into: Any, j: int) -> None:
+    """Elements i … i+3, as float32, into ``into[j:j+4]``, a thread's local array.
+
+    One load, of 16 bytes from float32 and 8 from bfloat16: i is a multiple of 4, in an
+    array that begins at such a multiple of bytes.
+    """
+    values = array.read_vector(i, 4)
+    for k in range(4):
+        into[j + k] = values[k] if array.dtype == F32 else float_of(values[k])
+
+
+def store4(array: Any, i: int, values: Any, j: int) -> None:
+    """Store ``values[j:j+4]`` of a local array as elements i … i+3; see `load4`."""
+    four = [values[j + k] for k in range(4)]
+    array.write_vector(i, four if array.dtype == F32 else [bits_of(v) for v in four])
+
+
 def load8(array: Any, i: int, into: Any, j: int) -> None:
     """Elements i … i+7, as float32, into ``into[j:j+8]``, a thread's local array.
 
@@ -82,39 +107,50 @@ def load8(array: Any, i: int, into: Any, j: int) -> None:
     an array that begins at a multiple of 16 bytes.
     """
     if array.dtype == F32:
-        values = array.read_vector(i, 4) + array.read_vector(i + 4, 4)
-    else:
-        values = tuple(map(float_of, array.read_vector(i, 8)))
-    for k in range(8):
-        into[j + k] = values[k]
+        load4(array, i, into, j)
+        load4(array, i + 4, into, j + 4)
+        return
+    for k, bits in enumerate(array.read_vector(i, 8)):
+        into[j + k] = float_of(bits)
 
 
 def store8(array: Any, i: int, values: Any, j: int) -> None:
     """Store ``values[j:j+8]`` of a local array as elements i … i+7; see `load8`."""
-    eight = tuple(values[j + k] for k in range(8))
     if array.dtype == F32:
-        array.write_vector(i, eight[:4])
-        array.write_vector(i + 4, eight[4:])
-    else:
-        array.write_vector(i, tuple(map(bits_of, eight)))
+        store4(array, i, values, j)
+        store4(array, i + 4, values, j + 4)
+        return
+    array.write_vector(i, [bits_of(values[j + k]) for k in range(8)])
 
 
 # --- arithmetic ---------------------------------------------------------------------
 
 
+def _flushed(x: Any) -> float32:
+    """Zero for what is too small to be a normal float32: ``ftz``, flush to zero."""
+    x = np.float32(x)
+    return x * np.float32(0) if abs(x) < SMALLEST_NORMAL else x
+
+
 def exp2(x: float32) -> float32:
     """2ˣ to within two units in the last place (``ex2.approx.ftz.f32``)."""
-    return np.exp2(np.float32(x))
+    exact = np.exp2(np.float64(_flushed(x)))  # NumPy's own in float32 is off by more
+    return _flushed(exact)
+
+
+def log2(x: float32) -> float32:
+    """The logarithm to base 2, to within 2⁻²² (``lg2.approx.ftz.f32``); -inf of 0."""
+    return np.log2(_flushed(x))
 
 
 def rsqrt(x: float32) -> float32:
     """1/√x to within two units in the last place (``rsqrt.approx.ftz.f32``)."""
-    return np.float32(1) / np.sqrt(np.float32(x))
+    return np.float32(1) / np.sqrt(_flushed(x))
 
 
 def reciprocal(x: float32) -> float32:
     """1/x to within one unit in the last place (``rcp.approx.ftz.f32``)."""
-    return np.float32(1) / np.float32(x)
+    return _flushed(np.float32(1) / _flushed(x))
 
 
 # --- tensor cores -------------------------------------------------------------------
@@ -164,12 +200,12 @@ def copy_async16(tile: Any, i: int, source: Any, j: int) -> None:
     (`wait_copies`) and a barrier has shown it to the others. Source: PTX ISA,
     ``cp.async.cg``.
     """
-    current().copies.begin(tile, i, source, j)
+    copies_of(current()).begin(tile, i, source, j)
 
 
 def commit_copies() -> None:
     """Close a group: the copies that this thread has begun since the last one."""
-    current().copies.commit()
+    copies_of(current()).commit()
 
 
 def wait_copies(pending: int) -> None:
@@ -177,4 +213,4 @@ def wait_copies(pending: int) -> None:
 
     pending is a constant. It orders nothing between threads: a barrier must follow.
     """
-    current().copies.wait(pending)
+    copies_of(current()).wait(pending)

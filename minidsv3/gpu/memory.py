@@ -21,6 +21,7 @@ from minidsv3.gpu.races import (
 from minidsv3.gpu.reports import AlignmentError, BoundsError, SimulatorError, report
 from minidsv3.gpu.threads import current
 
+INTEGERS = {int, *(np.dtype(f"{sign}{n}").type for sign in "iu" for n in (1, 2, 4, 8))}
 WIDTHS = (1, 2, 4, 8, 16)  # bytes that one instruction can load or store
 
 
@@ -123,6 +124,29 @@ class CheckedArray:
 
     def _touch_vector(self, kind: int, i: int, n: int) -> int:
         """Check and remember one access to several elements; i as Python's integer."""
+        first, address = self._vector(kind, i, n)
+        self.memory.touch_vector(kind, self, address, first, n)
+        return first
+
+    def claim_vector(self, i: int, n: int) -> int:
+        """A copy begins that will write n elements from i on: see `copies`.
+
+        Until it arrives they are poisoned, and nobody may touch them.
+        """
+        first, address = self._vector(WRITE, i, n)
+        self.memory.claim(self, address, first, n)
+        self.data[first : first + n].view(np.uint8).fill(0xFF)
+        return first
+
+    def arrive_vector(self, i: int, values: Sequence[Any]) -> None:
+        """The copy that claimed elements from i on is done, and this is in them."""
+        address = self.address + i * self.data.itemsize
+        self.memory.release(self, address, len(values))
+        self.memory.touch_vector(WRITE, self, address, i, len(values))
+        self.data[i : i + len(values)] = values
+
+    def _vector(self, kind: int, i: int, n: int) -> tuple[int, int]:
+        """Where n elements from i on begin, as index and address, if one may."""
         first = i if type(i) is int else self._integer(i)
         size = n * self.data.itemsize
         if size not in WIDTHS or self.data.strides != (self.data.itemsize,):
@@ -132,8 +156,9 @@ class CheckedArray:
         address = self.address + first * self.data.itemsize
         if (address - self.base) % size:
             raise self._misaligned(kind, first, n)
-        self.memory.touch_vector(kind, self, address, first, n)
-        return first
+        if size > self.memory.alignment:
+            raise self._unpromised(kind, first, n)
+        return first, address
 
     def _no_vector(self, i: int, n: int) -> SimulatorError:
         return report(
@@ -161,6 +186,19 @@ class CheckedArray:
             index=i,
         )
 
+    def _unpromised(self, kind: int, i: int, n: int) -> AlignmentError:
+        size, promised = n * self.dtype.itemsize, self.memory.alignment
+        return report(
+            AlignmentError,
+            current(),
+            f"{VERBS[kind][0]} {self.element(slice(i, i + n))} at once, {size} bytes "
+            f"of {self.memory.space} memory that begins at a multiple of {promised}.",
+            f"Ask for cuda.shared.array(..., alignment={size}): without it the "
+            "compiler may put the array anywhere that suits one element.",
+            array=self.name,
+            index=i,
+        )
+
     def _store(self, index: Any, value: Any) -> None:
         try:
             self.data[index] = value
@@ -175,12 +213,19 @@ class CheckedArray:
 
     def locate(self, index: Any) -> int | None:
         """The address of an element; None if the index means a view."""
+        if type(index) in INTEGERS and len(self.axes) == 1:  # the short way for most
+            n, stride = self.axes[0]
+            if 0 <= (i := int(index)) < n:
+                return self.address + i * stride
+            raise self._out_of_bounds(index)
         indices = index if type(index) is tuple else (index,)
         if len(indices) != len(self.axes):
             return self._check_view(indices)
         address = self.address
         for i, (n, stride) in zip(indices, self.axes, strict=True):
-            if type(i) is not int:
+            if type(i) in INTEGERS:
+                i = int(i)
+            else:
                 if isinstance(i, slice) or i is Ellipsis:
                     return self._check_view(indices)
                 i = self._integer(i)

@@ -20,7 +20,10 @@ FOUR_WORDS = ir.LiteralStructType([I32] * 4)
 FOUR_FLOATS = ir.LiteralStructType([F32] * 4)
 SHARED = 3  # LLVM's number for a block's shared memory
 
+Type = types.Type
 Generate = Callable[..., ir.Value]
+Typed = tuple[Any, Generate] | None
+"""A signature and what makes the code; None if the types are not for this intrinsic."""
 
 
 def _asm(
@@ -64,6 +67,7 @@ def _elementwise(text: str, result: Any, *arguments: Any) -> Any:
 
 
 exp2 = _elementwise("ex2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+log2 = _elementwise("lg2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 rsqrt = _elementwise("rsqrt.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 reciprocal = _elementwise("rcp.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 pack2 = _elementwise(
@@ -97,7 +101,7 @@ low_of, high_of = _shifted(_low), _shifted(_high)
 
 
 @intrinsic
-def float_of(typing_context, bits):
+def float_of(typing_context: Any, bits: Type) -> Typed:
     """16 bits, shifted up."""
 
     def generate(context, builder, signature, values):
@@ -129,27 +133,38 @@ def _holds(array: Any) -> int | None:
     )
 
 
-def _vector(builder: Any, pointer: ir.Value) -> ir.Value:
-    """A pointer to 16 bytes as a pointer to four words."""
-    return builder.bitcast(pointer, ir.VectorType(I32, 4).as_pointer())
+def _vector(builder: Any, pointer: ir.Value, at: int, n: int) -> ir.Value:
+    """A pointer to n words, ``at`` words behind another pointer."""
+    words = builder.bitcast(pointer, I32.as_pointer())
+    there = builder.gep(words, [I64(at)])
+    return builder.bitcast(there, ir.VectorType(I32, n).as_pointer())
 
 
-def _read4(builder: Any, pointer: ir.Value) -> list[ir.Value]:
-    """16 bytes in one load (LDG.E.128, LDS.128): LLVM keeps a vector together."""
-    loaded = builder.load(_vector(builder, pointer), align=16)
-    return [builder.extract_element(loaded, I32(k)) for k in range(4)]
+def _pieces(words: int) -> list[tuple[int, int]]:
+    """Where each load of 16 bytes begins, in words, and how many it takes."""
+    return [(at, min(4, words - at)) for at in range(0, words, 4)]
 
 
-def _write4(builder: Any, pointer: ir.Value, words: Sequence[ir.Value]) -> None:
-    """16 bytes in one store."""
-    vector = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
-    for k, word in enumerate(words):
-        vector = builder.insert_element(vector, word, I32(k))
-    builder.store(vector, _vector(builder, pointer), align=16)
+def _read(builder: Any, pointer: ir.Value, words: int) -> list[ir.Value]:
+    """Words, four in one load (LDG.E.128, LDS.128): LLVM keeps a vector together."""
+    found = []
+    for at, n in _pieces(words):
+        loaded = builder.load(_vector(builder, pointer, at, n), align=4 * n)
+        found += [builder.extract_element(loaded, I32(k)) for k in range(n)]
+    return found
+
+
+def _write(builder: Any, pointer: ir.Value, words: Sequence[ir.Value]) -> None:
+    """Words, four in one store."""
+    for at, n in _pieces(len(words)):
+        vector = ir.Constant(ir.VectorType(I32, n), ir.Undefined)
+        for k in range(n):
+            vector = builder.insert_element(vector, words[at + k], I32(k))
+        builder.store(vector, _vector(builder, pointer, at, n), align=4 * n)
 
 
 @intrinsic
-def load1(typing_context, array, i):
+def load1(typing_context: Any, array: Type, i: Type) -> Typed:
     """One element, widened."""
     size = _holds(array)
 
@@ -164,7 +179,7 @@ def load1(typing_context, array, i):
 
 
 @intrinsic
-def store1(typing_context, array, i, value):
+def store1(typing_context: Any, array: Type, i: Type, value: Type) -> Typed:
     """One element, rounded."""
     size = _holds(array)
 
@@ -183,7 +198,7 @@ def store1(typing_context, array, i, value):
 
 
 @intrinsic
-def round_to(typing_context, array, value):
+def round_to(typing_context: Any, array: Type, value: Type) -> Typed:
     """There and back again for bfloat16, nothing for float32."""
     size = _holds(array)
 
@@ -196,59 +211,66 @@ def round_to(typing_context, array, value):
     return (types.float32(array, types.float32), generate) if size else None
 
 
-def _eight(context: Any, builder: Any, signature: Any, values: Any) -> list[ir.Value]:
-    """Addresses of eight elements of the local array among the arguments."""
-    _, _, kind, _ = signature.args
-    first = _element(context, builder, kind, values[2], values[3])
-    return [builder.gep(first, [I64(k)]) for k in range(8)]
+def _places(
+    context: Any, builder: Any, signature: Any, values: Any, n: int
+) -> list[ir.Value]:
+    """Addresses of n elements of the local array among the arguments."""
+    first = _element(context, builder, signature.args[2], values[2], values[3])
+    return [builder.gep(first, [I64(k)]) for k in range(n)]
 
 
-def _eight_signature(array: Any, local: Any) -> Any:
+def _moving(array: Any, local: Any) -> Any:
+    """The signature of a load or store of several numbers, if these types may."""
     if not _holds(array) or not _flat(local) or local.dtype != types.float32:
         return None
     return types.void(array, types.uint64, local, types.uint64)
 
 
-@intrinsic
-def load8(typing_context, array, i, into, j):
-    """One or two 16-byte loads, widened into registers."""
+def _load(n: int) -> Any:
+    """n numbers, as few loads as there can be, widened into registers."""
 
-    def generate(context, builder, signature, values):
-        first = _element(context, builder, signature.args[0], *values[:2])
-        words = _read4(builder, first)
-        if _holds(array) == 4:
-            words += _read4(builder, builder.gep(first, [I64(4)]))
-        else:
-            words = [half(builder, w) for w in words for half in (_low, _high)]
-        places = _eight(context, builder, signature, values)
-        for word, place in zip(words, places, strict=True):
-            builder.store(builder.bitcast(word, F32), place)
-        return context.get_dummy_value()
+    @intrinsic
+    def load(typing_context, array, i, into, j):
+        def generate(context, builder, signature, values):
+            pointer = _element(context, builder, signature.args[0], *values[:2])
+            words = _read(builder, pointer, n * _holds(array) // 4)
+            if _holds(array) == 2:
+                words = [half(builder, w) for w in words for half in (_low, _high)]
+            places = _places(context, builder, signature, values, n)
+            for word, place in zip(words, places, strict=True):
+                builder.store(builder.bitcast(word, F32), place)
+            return context.get_dummy_value()
 
-    signature = _eight_signature(array, into)
-    return (signature, generate) if signature else None
+        signature = _moving(array, into)
+        return (signature, generate) if signature else None
+
+    return load
 
 
-@intrinsic
-def store8(typing_context, array, i, values, j):
-    """One or two 16-byte stores, rounded from registers."""
+def _store(n: int) -> Any:
+    """n numbers, rounded from registers, in as few stores as there can be."""
 
-    def generate(context, builder, signature, arguments):
-        first = _element(context, builder, signature.args[0], *arguments[:2])
-        places = _eight(context, builder, signature, arguments)
-        numbers = [builder.load(place) for place in places]
-        if _holds(array) == 4:
-            words = [builder.bitcast(number, I32) for number in numbers]
-            _write4(builder, builder.gep(first, [I64(4)]), words[4:])
-        else:
-            text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-            pairs = zip(numbers[::2], numbers[1::2], strict=True)
-            words = [_asm(builder, I32, text, "=r,f,f", pair) for pair in pairs]
-        _write4(builder, first, words[:4])
-        return context.get_dummy_value()
+    @intrinsic
+    def store(typing_context, array, i, values, j):
+        def generate(context, builder, signature, arguments):
+            pointer = _element(context, builder, signature.args[0], *arguments[:2])
+            places = _places(context, builder, signature, arguments, n)
+            words = [builder.load(place) for place in places]
+            if _holds(array) == 2:
+                text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+                pairs = zip(words[::2], words[1::2], strict=True)
+                words = [_asm(builder, I32, text, "=r,f,f", pair) for pair in pairs]
+            _write(builder, pointer, [builder.bitcast(word, I32) for word in words])
+            return context.get_dummy_value()
 
-    signature = _eight_signature(array, values)
-    return (signature, generate) if signature else None
+        signature = _moving(array, values)
+        return (signature, generate) if signature else None
+
+    return store
+
+
+load4, load8 = _load(4), _load(8)
+store4, store8 = _store(4), _store(8)
 
 
 # --- shared memory, tensor cores, copies --------------------------------------------
@@ -286,7 +308,10 @@ ldmatrix4, ldmatrix4_transposed = _ldmatrix(""), _ldmatrix(".trans")
 
 
 @intrinsic
-def mma_bf16(typing_context, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
+def mma_bf16(
+    typing_context: Any, c0: Type, c1: Type, c2: Type, c3: Type,
+    a0: Type, a1: Type, a2: Type, a3: Type, b0: Type, b1: Type,
+) -> Typed:  # fmt: skip
     """HMMA.16816.F32.BF16."""
     text = (
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -304,7 +329,9 @@ def mma_bf16(typing_context, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
 
 
 @intrinsic
-def copy_async16(typing_context, tile, i, source, j):
+def copy_async16(
+    typing_context: Any, tile: Type, i: Type, source: Type, j: Type
+) -> Typed:
     """LDGSTS: from global memory past the registers."""
 
     def generate(context, builder, signature, values):
@@ -322,7 +349,7 @@ def copy_async16(typing_context, tile, i, source, j):
 
 
 @intrinsic
-def commit_copies(typing_context):
+def commit_copies(typing_context: Any) -> Typed:
     """``cp.async.commit_group``."""
 
     def generate(context, builder, signature, values):
@@ -334,7 +361,7 @@ def commit_copies(typing_context):
 
 
 @intrinsic
-def wait_copies(typing_context, pending):
+def wait_copies(typing_context: Any, pending: Type) -> Typed:
     """``cp.async.wait_group``, whose number is part of the instruction."""
     if not isinstance(pending, types.IntegerLiteral):
         raise RequireLiteralValue("wait_copies takes a constant")

@@ -47,17 +47,25 @@ NO_BLOCK_ORDER = (
     "cuda.atomic, let one block own the element, or launch a second kernel."
 )
 
+STILL_COPIED = (
+    "Who began the copy must commit its group and wait_copies() for it, and then a "
+    "cuda.syncthreads() must show it to the others."
+)
+
 
 class Memory:
     """A stretch of memory: who touched which address, and what was ever written.
 
     space is "global", "shared" or "local". Global memory comes with its contents, the
-    others are poisoned: reading what nobody wrote is an error.
+    others are poisoned: reading what nobody wrote is an error. It surely begins at a
+    multiple of ``alignment`` bytes.
     """
 
     def __init__(self, space: str, counts: list[int], data: np.ndarray | None) -> None:
         self.space, self.counts = space, counts
         self.cells: dict[int, list[Crowd]] = {}
+        self.claims: dict[int, Thread] = {}
+        self.alignment = {"global": 256, "shared": 1, "local": 16}[space]
         self.origin = 0 if data is None else address_of(data)
         self.written = None if data is None else bytearray(data.nbytes)
 
@@ -87,18 +95,36 @@ class Memory:
             for k in range(n):
                 self._order(kind, array, address + k * size, first + k, access)
 
+    def claim(self, array: "CheckedArray", address: int, first: int, n: int) -> None:
+        """A copy of the running thread will write n neighbours, nobody knows when."""
+        thread, size = current(), array.data.itemsize
+        frame = kernel_frame(3)
+        access = (thread.moment, frame.f_code, frame.f_lasti)
+        for k in range(n):
+            self._order(WRITE, array, address + k * size, first + k, access)
+        for k in range(n):
+            self.claims[address + k * size] = thread
+            self._initialise(WRITE, array, address + k * size, first + k)
+
+    def release(self, array: "CheckedArray", address: int, n: int) -> None:
+        """That copy has been waited for."""
+        for k in range(n):
+            self.claims.pop(address + k * array.data.itemsize, None)
+
     def _order(
         self, kind: int, array: "CheckedArray", address: int, index: Any, access: Touch
     ) -> None:
         """Is every earlier access that this one could clash with ordered before it?"""
         thread = access[0][0]
+        if self.claims and address in self.claims:
+            raise _still_copied(kind, array, index, self.claims[address])
         cell = self.cells.get(address)
         if cell is None:
             cell = self.cells[address] = [NOBODY, NOBODY, NOBODY]
             cell[kind] = {thread: access}
             return
         for other in CLASHES[kind]:
-            for past in cell[other].values():
+            for past in cell[other].values() if cell[other] else ():
                 if not happened_before(past[0], thread):
                     raise _race(kind, other, past, array, index)
         if kind == WRITE:  # whoever is ordered after this is ordered after all before
@@ -179,6 +205,23 @@ def _race(
         others=(tuple(other.index),),
         other_block=tuple(other.block.index),
         other_line=line,
+    )
+
+
+def _still_copied(
+    kind: int, array: "CheckedArray", index: Any, copier: Thread
+) -> RaceError:
+    """Somebody touches the target of a copy that was not waited for."""
+    return report(
+        RaceError,
+        current(),
+        f"{VERBS[kind][0]} {array.element(index)}, which a copy that thread {copier} "
+        "began is still writing.",
+        STILL_COPIED,
+        array=array.name,
+        index=plain_index(index),
+        others=(tuple(copier.index),),
+        other_block=tuple(copier.block.index),
     )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from minidsv3.gpu.threads import Thread
 
+KERNEL_MATTER = "reductions.py"
+"""In this folder, but part of kernels: device functions, seen line by line."""
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 
 
@@ -77,13 +79,24 @@ class Place(NamedTuple):
         return linecache.getline(self.file, self.line).strip()
 
 
+class _Ours(dict[str, bool]):
+    """Whether a file is the simulator's, looked up once each: every access asks."""
+
+    def __missing__(self, file: str) -> bool:
+        self[file] = file.startswith(HERE) and not file.endswith(KERNEL_MATTER)
+        return self[file]
+
+
+ours = _Ours()
+
+
 def kernel_frame(depth: int = 1) -> FrameType:
     """The innermost frame that is not the simulator's: the kernel's, or a function's.
 
     ``depth`` is where to start looking, counted from the caller: 1 is its own caller.
     """
     frame = sys._getframe(depth + 1)
-    while frame.f_code.co_filename.startswith(HERE):
+    while ours[frame.f_code.co_filename]:
         frame = frame.f_back
     return frame
 
@@ -91,10 +104,28 @@ def kernel_frame(depth: int = 1) -> FrameType:
 def calls() -> tuple[Place, ...]:
     """Where the running thread is, from the innermost function out to the kernel."""
     frame, places = kernel_frame(), []
-    while not (code := frame.f_code).co_filename.startswith(HERE):
+    while not ours[(code := frame.f_code).co_filename]:
         places.append(Place(code.co_name, code.co_filename, frame.f_lineno))
         frame = frame.f_back
     return tuple(places)
+
+
+def call_path() -> tuple[tuple[CodeType, int], ...]:
+    """Like `calls`, but code and instruction (a frame's f_lasti)."""
+    frame, path = kernel_frame(), []
+    while not ours[(code := frame.f_code).co_filename]:
+        path.append((code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(path)
+
+
+def call_key() -> tuple[int, ...]:
+    """What tells one `call_path` from another, quickly, as long as its codes live."""
+    frame, key = kernel_frame(), []
+    while not ours[(code := frame.f_code).co_filename]:
+        key += id(code), frame.f_lasti
+        frame = frame.f_back
+    return tuple(key)
 
 
 def place_of(code: CodeType, instruction: int) -> Place:
@@ -123,7 +154,7 @@ def raised_at(trace: TracebackType) -> Place:
         code = trace.tb_frame.f_code
         places.append(Place(code.co_name, code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    return [p for p in places if not p.file.startswith(HERE)][-1]
+    return [p for p in places if not ours[p.file]][-1]
 
 
 def report(

@@ -15,6 +15,7 @@ So a launch is deterministic, and what orders two threads is known exactly:
 
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from minidsv3.gpu.reports import (
     DivergenceError,
     Place,
     SimulatorError,
+    call_key,
+    call_path,
     calls,
     raised_at,
     report,
@@ -68,6 +71,7 @@ class Launch:
     """What the blocks of one launch have in common, and what is counted on the way.
 
     array is what arrays are made of, and watch the `watching.Watch`, if there is one.
+    copies says when asynchronous copies happen, see `minidsv3.gpu.copies`.
     """
 
     kernel: str
@@ -77,10 +81,13 @@ class Launch:
     arranged: Callable[[list], list]
     dynamic_shared: int
     greenlet: type
+    context: Context
     array: type
     watch: Any = None
+    copies: str = "wait"
     barriers: int = 0
     warp_operations: int = 0
+    requests: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
     traffic: dict[str, list[int]] = field(default_factory=_traffic)
 
 
@@ -102,8 +109,8 @@ class Thread:
     """One thread of a block."""
 
     __slots__ = (
-        "answer", "block", "clock", "greenlet", "index", "lane", "moment", "operands",
-        "request", "seen", "warp",
+        "answer", "block", "clock", "copies", "greenlet", "index", "lane", "moment",
+        "operands", "request", "seen", "warp",
     )  # fmt: skip
 
     def __init__(self, block: "Block", number: int, index: Dim3) -> None:
@@ -111,8 +118,10 @@ class Thread:
         self.block, self.index, self.lane = block, index, number % WARP_SIZE
         self.warp: list[Thread] = []
         self.greenlet = launch.greenlet(launch.entry)
+        self.greenlet.gr_context = launch.context.copy()
         self.request: Request | None = None
         self.operands, self.answer = (), None
+        self.copies: Any = None
         self.clock, self.seen = 0, NOTHING_SEEN
         self.begin_stretch()
 
@@ -125,17 +134,24 @@ class Thread:
 
     def barrier(self) -> None:
         """Wait for all threads of the block."""
-        self._wait(Request("syncthreads", None, calls()))
+        self._wait(self._request("syncthreads", None))
         if self.block.launch.watch:
             self.block.launch.watch.meeting("syncthreads", None, None, None)
 
     def warp_operation(self, op: str, mask: int, operands: tuple) -> Any:
         """Hand in operands, wait for the lanes in the mask, and take the answer."""
         self.operands = operands
-        self._wait(Request(op, mask, calls()))
+        self._wait(self._request(op, mask))
         if self.block.launch.watch:
             self.block.launch.watch.meeting(op, mask, operands, self.answer)
         return self.answer
+
+    def _request(self, op: str, mask: int | None) -> Request:
+        """The request from where the thread is, made once for each such place."""
+        key, made = (op, mask, call_key()), self.block.launch.requests
+        if key not in made:
+            made[key] = Request(op, mask, calls()), call_path()  # keeps the key's codes
+        return made[key][0]
 
     def look_again(self) -> None:
         """Let the others do what they can do without this thread."""
@@ -211,6 +227,7 @@ class Block:
         self.launch, self.index = launch, index
         self.epoch = 0
         self.shared: dict[Any, Any] = {}
+        self.shared_bytes = 0
         self.threads = [Thread(self, n, i) for n, i in enumerate(indices)]
         starts = range(0, len(indices), WARP_SIZE)
         self.warps = [self.threads[start : start + WARP_SIZE] for start in starts]

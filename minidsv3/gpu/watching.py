@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from minidsv3.gpu.memory import CheckedArray
 from minidsv3.gpu.races import ATOMIC, READ, WRITE, plain_index
-from minidsv3.gpu.reports import HERE, Place, kernel_frame, place_of, source_of
+from minidsv3.gpu.reports import Place, call_key, call_path, place_of, source_of
 from minidsv3.gpu.threads import Thread, current
 
 KINDS = {READ: "read", WRITE: "write", ATOMIC: "atomic"}
@@ -88,6 +88,7 @@ class Watch:
         self.listeners = listeners
         self.by_frames: dict[tuple[int, ...], Site] = {}
         self.by_calls: dict[tuple, Site] = {}
+        self.paths: list[tuple] = []
         self.times: dict[tuple[Thread, Turn], int] = {}
 
     def end_block(self) -> None:
@@ -121,19 +122,13 @@ class Watch:
 
     def _site(self) -> Site:
         """Where the running thread is."""
-        innermost = frame = kernel_frame(2)
-        key = []
-        while not frame.f_code.co_filename.startswith(HERE):
-            key += id(frame.f_code), frame.f_lasti
-            frame = frame.f_back
-        site = self.by_frames.get(tuple(key))
+        key = call_key()
+        site = self.by_frames.get(key)
         if site is None:
-            calls, frame = [], innermost
-            for _ in key[::2]:
-                calls.append((frame.f_code, _first(frame.f_code, frame.f_lasti)))
-                frame = frame.f_back
-            site = self.by_calls.setdefault(tuple(calls), Site(tuple(calls)))
-            self.by_frames[tuple(key)] = site
+            path = call_path()
+            self.paths.append(path)  # keeps the key's codes
+            calls = tuple((code, _first(code, last)) for code, last in path)
+            site = self.by_frames[key] = self.by_calls.setdefault(calls, Site(calls))
         return site
 
 
@@ -175,6 +170,12 @@ class WatchedArray(CheckedArray):
         found = super().read_vector(i, n)
         current().block.launch.watch.access(READ, self, i, n, found)
         return found
+
+    def claim_vector(self, i: int, n: int) -> int:
+        """`CheckedArray.claim_vector`: the copy counts where it is begun."""
+        first = super().claim_vector(i, n)
+        current().block.launch.watch.access(WRITE, self, first, n)
+        return first
 
     def write_vector(self, i: int, values: Any) -> None:
         """`CheckedArray.write_vector`."""

@@ -1,0 +1,284 @@
+"""Starting kernels on tensors: what is refused, and what a driver would be handed.
+
+The driver here is a stand-in. It writes down what it is asked, and reads the
+parameters as the real one does: an address of addresses, each of as many bytes as the
+kernel's code declares. Those counts are Numba's, `tests/cuda/test_launch_layout.py`
+compares them with its compiler's.
+"""
+
+import ctypes
+import struct
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minidsv3.gpu import launch as module
+from minidsv3.gpu.dialect import cuda
+from minidsv3.gpu.launch import KINDS, LaunchError, Loaded, launch, signature_of
+from minidsv3.gpu.simulator import BoundsError
+from tests.launch_layout import parameter_sizes
+
+SCALARS = {"f4": "<f", "u4": "<I", "i4": "<i", "u2": "<H", "i8": "<q", "f8": "<d"}
+
+
+# --- on tensors of the processor ----------------------------------------------------
+
+
+def double(x, y, n):
+    i = cuda.grid(1)
+    if i < n:
+        y[i] = x[i] + x[i]
+
+
+def count_up(bits):
+    bits[cuda.grid(1)] += 1
+
+
+def test_results_lie_in_the_tensors_own_memory() -> None:
+    x, y = torch.arange(6.0).reshape(2, 3), torch.zeros(3, 2)
+    launch(double, 2, 4, x, y, np.uint32(5))
+    assert y.tolist() == [[0, 2], [4, 6], [8, 0]]
+
+
+def test_bfloat16_comes_as_its_bits_and_shares_memory() -> None:
+    x = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.bfloat16)
+    launch(count_up, 1, 4, x)
+    # one unit in the last place of eight bits, and the smallest number there is
+    assert x.double().tolist() == [[1 + 2**-7, -2 - 2**-6], [2.0**-133, 3 + 2**-6]]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_dtype_of_the_list_is_taken(dtype) -> None:
+    x = torch.ones(3).to(dtype)
+    launch(count_up, 1, 3, x)
+    expected = {torch.bfloat16: 1 + 2**-7}.get(dtype, 2)
+    assert x.double().tolist() == [expected] * 3
+
+
+def test_what_requires_a_gradient_is_taken_too() -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.zeros(2)
+    launch(double, 1, 2, x, y, np.uint32(2))
+    assert y.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("grid", [0, (0,), (3, 0), (1, 1, 0)])
+def test_no_blocks_are_no_work(grid) -> None:
+    x = torch.zeros(0)
+    launch(double, grid, 4, x, x, np.uint32(0))
+
+
+def test_what_the_simulator_finds_comes_through() -> None:
+    with pytest.raises(BoundsError, match="y has the shape"):
+        launch(double, 1, 4, torch.zeros(4), torch.zeros(3), np.uint32(4))
+
+
+def test_blocks_and_grids_of_several_axes_and_dynamic_shared_memory() -> None:
+    def places(out):
+        tile = cuda.shared.array(0, np.int32)
+        x, y = cuda.grid(2)
+        tile[cuda.threadIdx.y] = y
+        out[x + 2 * y] = tile[cuda.threadIdx.y] + 10 * x
+
+    out = torch.zeros(8, dtype=torch.int32)
+    launch(places, (2, 2), (1, 2), out, dynamic_shared=8)
+    assert out.tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
+
+
+# --- refusals -----------------------------------------------------------------------
+
+ONES = torch.ones(2, 3)
+REFUSED = {
+    "float16": (TypeError, "argument 1 is torch.float16: kernels take torch.float32",
+                (ONES, ONES.half())),
+    "bool": (TypeError, "argument 0 is torch.bool", (ONES > 0,)),
+    "a plain integer": (TypeError, r"argument 1 is 3: .*write np.uint32\(", (ONES, 3)),
+    "a plain float": (TypeError, "argument 1 is 0.5", (ONES, 0.5)),
+    "a NumPy array": (TypeError, "argument 1 is array", (ONES, np.ones(2))),
+    "columns": (ValueError, r"argument 0 of shape \(3, 2\) has strides \(1, 3\): a "
+                r"kernel needs it contiguous\(\)", (ONES.T,)),
+    "two devices": (ValueError, "one device, not cpu, meta",
+                    (ONES, ONES.to("meta"))),
+    "no tensor": (ValueError, "not nowhere, for there are none", (np.uint32(3),)),
+    "another device": (ValueError, "the tensors are on meta", (ONES.to("meta"),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name) -> None:
+    error, message, args = REFUSED[name]
+    with pytest.raises(error, match=message):
+        launch(count_up, 1, 1, *args)
+
+
+def test_signatures() -> None:
+    tensors = [torch.zeros(2, dtype=dtype) for dtype in KINDS]
+    scalars = [np.float32(1), np.uint32(1), np.int32(1), np.int64(1), np.uint64(1)]
+    assert signature_of([*tensors, *scalars]) == (
+        "f4[] u2[] u2[] i4[] u4[] i8[] f8[] f4 u4 i4 i8 u8"
+    )
+
+
+def test_a_gpu_without_the_drivers_package(monkeypatch) -> None:
+    module.driver.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    with pytest.raises(LaunchError, match=r"pip install 'minidsv3\[cuda\]'"):
+        module.driver()
+
+
+# --- what the driver is handed ------------------------------------------------------
+
+
+class Driver:
+    """Writes down what it is asked; at a launch, reads the kernel's parameters."""
+
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most dynamic shared"
+    )
+
+    def __init__(self, sizes=(), refuses: str = "") -> None:
+        self.sizes, self.refuses, self.asked, self.launches = sizes, refuses, [], []
+
+    def answer(self, name: str, *args):
+        self.asked.append((name, *args))
+        return 700 if name == self.refuses else 0
+
+    def cuModuleLoadData(self, cubin):
+        return self.answer("load", cubin), "the module"
+
+    def cuModuleGetFunction(self, module, name):
+        return self.answer("find", module, name), "the function"
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        return (self.answer("set", function, attribute, value),)
+
+    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, *rest):
+        shared, stream, pointers, extra = rest
+        assert extra == 0
+        places = (ctypes.c_void_p * len(self.sizes)).from_address(pointers)
+        self.launches.append(
+            [ctypes.string_at(at, n) for at, n in zip(places, self.sizes, strict=True)]
+        )
+        how = (gx, gy, gz), (bx, by, bz), shared, stream
+        return (self.answer("launch", function, *how),)
+
+
+def loaded(signature: str, refuses: str = "") -> tuple[Driver, Loaded]:
+    driver = Driver(parameter_sizes(signature), refuses)
+    return driver, Loaded(driver, b"code", "entry_of_it", signature)
+
+
+def start(kernel: Loaded, *args, shared: int = 0) -> None:
+    kernel.start((5, 1, 1), (64, 2, 1), shared, 77, args)
+
+
+def test_loading_and_starting() -> None:
+    driver, kernel = loaded("u4")
+    start(kernel, np.uint32(1), shared=16)
+    assert driver.asked == [
+        ("load", b"code"),
+        ("find", "the module", b"entry_of_it"),
+        ("launch", "the function", (5, 1, 1), (64, 2, 1), 16, 77),
+    ]
+
+
+def words(parameters: list[bytes]) -> list[int]:
+    return [int.from_bytes(p, "little") for p in parameters]
+
+
+def test_an_array_is_seven_parameters() -> None:
+    driver, kernel = loaded("u2[] f4[] i8[]")
+    start(kernel, (2**47 + 16, 3 * 2**32), (4096, 7), (8192, 0))
+    (parameters,) = driver.launches
+    assert [len(p) for p in parameters] == [8] * 21
+    assert words(parameters) == [
+        0, 0, 3 * 2**32, 2, 2**47 + 16, 3 * 2**32, 2,
+        0, 0, 7, 4, 4096, 7, 4,
+        0, 0, 0, 8, 8192, 0, 8,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("f4", np.float32(-1.1)), ("u4", np.uint32(2**32 - 1)), ("i4", np.int32(-7)),
+     ("i8", np.int64(-(2**40))), ("f8", np.float64(0.1)), ("u2", np.uint16(65535))],
+)  # fmt: skip
+def test_scalars_are_their_own_bytes(word, value) -> None:
+    driver, kernel = loaded(f"f4[] {word} u4")
+    start(kernel, (64, 2), value, np.uint32(9))
+    *_, scalar, last = driver.launches[0]
+    assert struct.unpack(SCALARS[word], scalar) == (value.item(),)
+    assert words([last]) == [9]
+
+
+def test_nothing_is_left_of_the_launch_before() -> None:
+    driver, kernel = loaded("f4[] i4 f4[] f4")
+    start(kernel, (2**40, 2**35), np.int32(-1), (2**41, 3), np.float32(np.nan))
+    start(kernel, (1, 2), np.int32(3), (4, 5), np.float32(0))
+    assert words(driver.launches[1]) == [
+        0, 0, 2, 4, 1, 2, 4, 3, 0, 0, 5, 4, 4, 5, 4, 0
+    ]  # fmt: skip
+
+
+def test_too_few_arguments_are_refused() -> None:
+    _, kernel = loaded("f4[] u4")
+    with pytest.raises(ValueError, match="shorter"):
+        start(kernel, (64, 2))
+
+
+def test_each_thread_of_the_host_has_parameters_of_its_own() -> None:
+    driver, kernel = loaded("f4[] u4")
+    mine = kernel._parameters([(64, 1), np.uint32(1)])
+
+    def other() -> None:
+        start(kernel, (128, 2), np.uint32(2))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    driver.cuLaunchKernel(0, 1, 1, 1, 1, 1, 1, 0, 0, mine, 0)
+    theirs, ours = driver.launches
+    assert words(theirs) == [0, 0, 2, 4, 128, 2, 4, 2]
+    assert words(ours) == [0, 0, 1, 4, 64, 1, 4, 1]
+    assert kernel._parameters([(64, 1), np.uint32(1)]) == mine
+
+
+@pytest.mark.parametrize(
+    ("launches", "allowed"),
+    [
+        ([0, 100, 48 * 1024], []),
+        ([48 * 1024 + 1], [48 * 1024 + 1]),
+        ([100_000, 60_000, 100_000], [100_000]),
+        ([60_000, 0, 100_000], [60_000, 100_000]),
+    ],
+)
+def test_much_shared_memory_is_asked_for_once(launches, allowed) -> None:
+    driver, kernel = loaded("u4")
+    for shared in launches:
+        start(kernel, np.uint32(1), shared=shared)
+    sets = [asked[1:] for asked in driver.asked if asked[0] == "set"]
+    assert sets == [("the function", "most dynamic shared", n) for n in allowed]
+
+
+@pytest.mark.parametrize(
+    ("refuses", "name"),
+    [("load", "cuModuleLoadData"), ("find", "cuModuleGetFunction"),
+     ("set", "cuFuncSetAttribute"), ("launch", "cuLaunchKernel")],
+)  # fmt: skip
+def test_what_the_driver_refuses(refuses, name) -> None:
+    def load_and_start() -> None:
+        _, kernel = loaded("u4", refuses)
+        start(kernel, np.uint32(1), shared=100_000)
+
+    with pytest.raises(LaunchError, match=f"^{name} of entry_of_it: 700$"):
+        load_and_start()
+
+
+def test_a_refused_size_is_asked_for_again() -> None:
+    driver, kernel = loaded("u4", refuses="set")
+    for _ in range(2):
+        with pytest.raises(LaunchError):
+            start(kernel, np.uint32(1), shared=100_000)
+    assert [asked[0] for asked in driver.asked] == ["load", "find", "set", "set"]
