@@ -170,7 +170,8 @@ def cases(dtype: str) -> dict[str, tuple]:
         "add_plain": (plain.add_plain, n // 256, 256, (*many(3), count),
                       work.add(n, size)),
         "add_rmsnorm_fast": (
-            fast.add_rmsnorm_fast(vectors, per), ROWS, 32, added, work.add_rmsnorm(**rows)
+            fast.add_rmsnorm_fast(vectors, per), ROWS, 32, added,
+            work.add_rmsnorm(**rows),
         ),
         "rmsnorm_backward_plain": (
             plain.rmsnorm_backward_plain, 2, 128, back,
