@@ -210,9 +210,9 @@ FAST_NORM = {
         F, M, N, Bounds, (LOAD, LOAD.replace("per * k", "8 * k"))),
     "every vector kept in the first place": (
         F, M, N, Unwritten, (LOAD, LOAD.replace("per * k", "0"))),
-    "stores beyond the row": (F, M, N, Bounds, (STORE, "            if True:\n")),
+    "stores beyond the row": (F, M, N, Race, (STORE, "            if True:\n")),
     "stores of one vector too many": (
-        F, M, N, Bounds, (STORE, STORE.replace("<", "<="))),
+        F, M, N, Race, (STORE, STORE.replace("<", "<="))),
     "the first vector stored everywhere": (
         F, M, N, Numbers, ("values, per * k)", "values, 0)")),
     "steps of one warp": (

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from numpy import float32, uint32
+from numpy import float32, uint32, uint64
 
 from minidsv3.gpu import intrinsics, roofline
 from minidsv3.gpu.roofline import H100, H200, Work, floor, occupancy
@@ -139,67 +139,51 @@ def floats(n: int) -> np.ndarray:
     return np.ones(n, np.float32)
 
 
-def cases(dtype: str) -> dict[str, tuple]:
+def many(dtype: str, arrays: int) -> list[np.ndarray]:
+    return [ones(dtype, ROWS * WIDTH) for _ in range(arrays)]
+
+
+def norms(dtype: str) -> dict[str, tuple]:
     """Kernel, grid, block and arguments, and the job that it should be."""
-    size, n = KINDS[dtype][1], ROWS * WIDTH
+    size = KINDS[dtype][1]
     per = 16 // size
-    vectors = WIDTH // (32 * per)
-    blocks = n // (32 * per)
-    many = lambda how_many: [ones(dtype, n) for _ in range(how_many)]  # noqa: E731
+    made = WIDTH // (32 * per), per
     norm = uint32(WIDTH), float32(1 / WIDTH)
-    row = ones(dtype, WIDTH)
-    back = [*many(2), row, floats(ROWS), *many(1), floats(2 * WIDTH)]
+    row, r = ones(dtype, WIDTH), floats(ROWS)
+    forward = *many(dtype, 1), row, *many(dtype, 1), r, *norm, float32(0)
+    added = *many(dtype, 2), row, *many(dtype, 2), r, *norm, float32(0)
+    back = [*many(dtype, 2), row, r, *many(dtype, 1), floats(2 * WIDTH)]
     back += [uint32(ROWS), *norm]
-    tokens = ones(dtype, TOKENS * HEADS * ROTARY), floats(PERIOD * ROTARY)
-    rope = *tokens, *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
-    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
-    loss = *many(1), targets, *each, uint32(WIDTH)
-    forward = *many(1), row, *many(1), floats(ROWS), *norm, float32(0)
-    added = *many(2), row, *many(2), floats(ROWS), *norm, float32(0)
-    count = uint32(n)
-    size_of = {"size": size}
-    rows = {"rows": ROWS, "width": WIDTH, **size_of}
-    shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
+    rows = {"rows": ROWS, "width": WIDTH, "size": size}
     return {
         "rmsnorm_plain": (
             plain.rmsnorm_plain, ROWS, 128, forward, work.rmsnorm(**rows, fast=False)
         ),
         "rmsnorm_fast": (
-            fast.rmsnorm_fast(vectors, per), ROWS, 32, forward, work.rmsnorm(**rows)
+            fast.rmsnorm_fast(*made), ROWS, 32, forward, work.rmsnorm(**rows)
         ),
-        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), count),
-                      work.add(n, size)),
         "add_rmsnorm_fast": (
-            fast.add_rmsnorm_fast(vectors, per), ROWS, 32, added,
-            work.add_rmsnorm(**rows),
+            fast.add_rmsnorm_fast(*made), ROWS, 32, added, work.add_rmsnorm(**rows)
         ),
         "rmsnorm_backward_plain": (
             plain.rmsnorm_backward_plain, 2, 128, back,
             work.rmsnorm_backward(**rows, blocks=2, fast=False),
         ),
         "rmsnorm_backward_fast": (
-            fast.rmsnorm_backward_fast(vectors, per), 2, 32, back,
+            fast.rmsnorm_backward_fast(*made), 2, 32, back,
             work.rmsnorm_backward(**rows, blocks=2),
         ),
-        "rope_plain": (
-            plain.rope_plain, TOKENS, 128, rope, work.rope(*shape, fast=False)
-        ),
-        "rope_fast": (
-            fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
-            work.rope(*shape, warps=ROTARY // per * 4 // 32)
-        ),
-        "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*many(3), count),
-                         work.swiglu(n, size, False)),
-        "swiglu_fast": (fast.swiglu_fast(per), blocks, 32, (*many(3), count),
-                        work.swiglu(n, size)),
-        "swiglu_backward_plain": (
-            plain.swiglu_backward_plain, n // 256, 256, (*many(5), count),
-            work.swiglu_backward(n, size, False),
-        ),
-        "swiglu_backward_fast": (
-            fast.swiglu_backward_fast(per), blocks, 32, (*many(5), count),
-            work.swiglu_backward(n, size),
-        ),
+    }  # fmt: skip
+
+
+def losses(dtype: str) -> dict[str, tuple]:
+    """As `norms`."""
+    size = KINDS[dtype][1]
+    per = 16 // size
+    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(3)]
+    loss = *many(dtype, 1), targets, *each, uint32(WIDTH)
+    rows = {"rows": ROWS, "width": WIDTH, "size": size}
+    return {
         "cross_entropy_plain": (
             plain.cross_entropy_plain, ROWS, 128, loss,
             work.cross_entropy(**rows, fast=False),
@@ -216,6 +200,56 @@ def cases(dtype: str) -> dict[str, tuple]:
             work.cross_entropy_backward(**rows),
         ),
     }  # fmt: skip
+
+
+def rotations(dtype: str) -> dict[str, tuple]:
+    """As `norms`; the fast kernel's blocks take two tokens."""
+    size = KINDS[dtype][1]
+    across = ROTARY * size // 16
+    arrays = ones(dtype, TOKENS * HEADS * ROTARY), floats(PERIOD * ROTARY)
+    rest = *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
+    shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
+    return {
+        "rope_plain": (
+            plain.rope_plain, TOKENS, 128, (*arrays, *rest),
+            work.rope(*shape, fast=False),
+        ),
+        "rope_fast": (
+            fast.rope_fast(16 // size), TOKENS // 2, (across, 4, 2),
+            (*arrays, uint32(TOKENS), *rest),
+            work.rope(*shape, warps=across * 4 // 32),
+        ),
+    }  # fmt: skip
+
+
+def each_number(dtype: str) -> dict[str, tuple]:
+    """As `norms`."""
+    size, n = KINDS[dtype][1], ROWS * WIDTH
+    per = 16 // size
+    three, five = [(*many(dtype, arrays), uint64(n)) for arrays in (3, 5)]
+    one_each, vector_each = (n // 256, 256), (n // (32 * per), 32)
+    return {
+        "add_plain": (plain.add_plain, *one_each, three, work.add(n, size)),
+        "swiglu_plain": (
+            plain.swiglu_plain, *one_each, three, work.swiglu(n, size, False)
+        ),
+        "swiglu_fast": (
+            fast.swiglu_fast(per), *vector_each, three, work.swiglu(n, size)
+        ),
+        "swiglu_backward_plain": (
+            plain.swiglu_backward_plain, *one_each, five,
+            work.swiglu_backward(n, size, False),
+        ),
+        "swiglu_backward_fast": (
+            fast.swiglu_backward_fast(per), *vector_each, five,
+            work.swiglu_backward(n, size),
+        ),
+    }  # fmt: skip
+
+
+def cases(dtype: str) -> dict[str, tuple]:
+    """Every kernel, how it is launched, and its job."""
+    return norms(dtype) | losses(dtype) | rotations(dtype) | each_number(dtype)
 
 
 NAMES = list(cases("float32"))
