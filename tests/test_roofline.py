@@ -139,82 +139,106 @@ def floats(n: int) -> np.ndarray:
     return np.ones(n, np.float32)
 
 
-def cases(dtype: str) -> dict[str, tuple]:
+class Given:
+    """Arguments of the kernels, all ones, in one dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype, (_, self.size) = dtype, KINDS[dtype]
+        self.per, self.n = 16 // self.size, ROWS * WIDTH
+        self.vectors = WIDTH // (32 * self.per)
+        self.blocks = self.n // (32 * self.per)
+        self.rows = {"rows": ROWS, "width": WIDTH, "size": self.size}
+        self.row = ones(dtype, WIDTH)
+
+    def many(self, how_many: int) -> list[np.ndarray]:
+        return [ones(self.dtype, self.n) for _ in range(how_many)]
+
+
+def norms(given: Given) -> dict[str, tuple]:
     """Kernel, grid, block and arguments, and the job that it should be."""
-    size, n = KINDS[dtype][1], ROWS * WIDTH
-    per = 16 // size
-    vectors = WIDTH // (32 * per)
-    blocks = n // (32 * per)
-    many = lambda how_many: [ones(dtype, n) for _ in range(how_many)]  # noqa: E731
+    made, rows, many, n = (given.vectors, given.per), given.rows, given.many, given.n
     norm = uint32(WIDTH), float32(1 / WIDTH)
-    row = ones(dtype, WIDTH)
-    back = [*many(2), row, floats(ROWS), *many(1), floats(2 * WIDTH)]
-    back += [uint32(ROWS), *norm]
-    tokens = ones(dtype, TOKENS * HEADS * ROTARY), floats(PERIOD * ROTARY)
-    rope = *tokens, *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
-    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
-    loss = *many(1), targets, *each, uint32(WIDTH)
-    forward = *many(1), row, *many(1), floats(ROWS), *norm, float32(0)
-    added = *many(2), row, *many(2), floats(ROWS), *norm, float32(0)
-    count = uint32(n)
-    size_of = {"size": size}
-    rows = {"rows": ROWS, "width": WIDTH, **size_of}
-    shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
+    forward = *many(1), given.row, *many(1), floats(ROWS), *norm, float32(0)
+    added = *many(2), given.row, *many(2), floats(ROWS), *norm, float32(0)
+    back = (
+        *many(2),
+        given.row,
+        floats(ROWS),
+        *many(1),
+        floats(2 * WIDTH),
+        uint32(ROWS),
+        *norm,
+    )
     return {
-        "rmsnorm_plain": (
-            plain.rmsnorm_plain, ROWS, 128, forward, work.rmsnorm(**rows, fast=False)
-        ),
-        "rmsnorm_fast": (
-            fast.rmsnorm_fast(vectors, per), ROWS, 32, forward, work.rmsnorm(**rows)
-        ),
-        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), count),
-                      work.add(n, size)),
-        "add_rmsnorm_fast": (
-            fast.add_rmsnorm_fast(vectors, per), ROWS, 32, added, work.add_rmsnorm(**rows)
-        ),
+        "rmsnorm_plain": (plain.rmsnorm_plain, ROWS, 128, forward,
+                          work.rmsnorm(**rows, fast=False)),
+        "rmsnorm_fast": (fast.rmsnorm_fast(*made), ROWS, 32, forward,
+                         work.rmsnorm(**rows)),
+        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint32(n)),
+                      work.add(n, given.size)),
+        "add_rmsnorm_fast": (fast.add_rmsnorm_fast(*made), ROWS, 32, added,
+                             work.add_rmsnorm(**rows)),
         "rmsnorm_backward_plain": (
             plain.rmsnorm_backward_plain, 2, 128, back,
             work.rmsnorm_backward(**rows, blocks=2, fast=False),
         ),
-        "rmsnorm_backward_fast": (
-            fast.rmsnorm_backward_fast(vectors, per), 2, 32, back,
-            work.rmsnorm_backward(**rows, blocks=2),
-        ),
-        "rope_plain": (
-            plain.rope_plain, TOKENS, 128, rope, work.rope(*shape, fast=False)
-        ),
-        "rope_fast": (
-            fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
-            work.rope(*shape, warps=ROTARY // per * 4 // 32)
-        ),
-        "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*many(3), count),
-                         work.swiglu(n, size, False)),
-        "swiglu_fast": (fast.swiglu_fast(per), blocks, 32, (*many(3), count),
+        "rmsnorm_backward_fast": (fast.rmsnorm_backward_fast(*made), 2, 32, back,
+                                  work.rmsnorm_backward(**rows, blocks=2)),
+    }  # fmt: skip
+
+
+def gates_and_turns(given: Given) -> dict[str, tuple]:
+    """The same for SwiGLU and RoPE."""
+    per, n, size = given.per, given.n, given.size
+    count, blocks = uint32(n), given.blocks
+    x = ones(given.dtype, TOKENS * HEADS * ROTARY)
+    shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
+    numbers = map(uint32, (HEADS, ROTARY, ROTARY, PERIOD))
+    rope = x, floats(PERIOD * ROTARY), *numbers, float32(1)
+    warps = ROTARY // per * 4 // 32
+    return {
+        "rope_plain": (plain.rope_plain, TOKENS, 128, rope,
+                       work.rope(*shape, fast=False)),
+        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
+                      work.rope(*shape, warps=warps)),
+        "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*given.many(3), count),
+                         work.swiglu(n, size)),
+        "swiglu_fast": (fast.swiglu_fast(per), blocks, 32, (*given.many(3), count),
                         work.swiglu(n, size)),
         "swiglu_backward_plain": (
-            plain.swiglu_backward_plain, n // 256, 256, (*many(5), count),
-            work.swiglu_backward(n, size, False),
-        ),
-        "swiglu_backward_fast": (
-            fast.swiglu_backward_fast(per), blocks, 32, (*many(5), count),
+            plain.swiglu_backward_plain, n // 256, 256, (*given.many(5), count),
             work.swiglu_backward(n, size),
         ),
-        "cross_entropy_plain": (
-            plain.cross_entropy_plain, ROWS, 128, loss,
-            work.cross_entropy(**rows, fast=False),
+        "swiglu_backward_fast": (
+            fast.swiglu_backward_fast(per), blocks, 32, (*given.many(5), count),
+            work.swiglu_backward(n, size),
         ),
-        "cross_entropy_fast": (
-            fast.cross_entropy_fast(per), ROWS, 32, loss, work.cross_entropy(**rows)
-        ),
+    }  # fmt: skip
+
+
+def losses(given: Given) -> dict[str, tuple]:
+    """The same for cross-entropy."""
+    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
+    loss, rows = (*given.many(1), targets, *each, uint32(WIDTH)), given.rows
+    return {
+        "cross_entropy_plain": (plain.cross_entropy_plain, ROWS, 128, loss,
+                                work.cross_entropy(**rows, fast=False)),
+        "cross_entropy_fast": (fast.cross_entropy_fast(given.per), ROWS, 32, loss,
+                               work.cross_entropy(**rows)),
         "cross_entropy_backward_plain": (
             plain.cross_entropy_backward_plain, ROWS, 128, loss,
-            work.cross_entropy_backward(**rows, fast=False),
+            work.cross_entropy_backward(**rows),
         ),
         "cross_entropy_backward_fast": (
-            fast.cross_entropy_backward_fast(per), ROWS, 32, loss,
+            fast.cross_entropy_backward_fast(given.per), ROWS, 32, loss,
             work.cross_entropy_backward(**rows),
         ),
     }  # fmt: skip
+
+
+def cases(dtype: str) -> dict[str, tuple]:
+    given = Given(dtype)
+    return norms(given) | gates_and_turns(given) | losses(given)
 
 
 NAMES = list(cases("float32"))
