@@ -247,14 +247,14 @@ def each_number(dtype: str) -> dict[str, tuple]:
     return {
         "add_plain": (plain.add_plain, *one_each, three, work.add(n, size)),
         "swiglu_plain": (
-            plain.swiglu_plain, *one_each, three, work.swiglu(n, size, False)
+            plain.swiglu_plain, *one_each, three, work.swiglu(n, size)
         ),
         "swiglu_fast": (
             fast.swiglu_fast(per), *vector_each, three, work.swiglu(n, size)
         ),
         "swiglu_backward_plain": (
             plain.swiglu_backward_plain, *one_each, five,
-            work.swiglu_backward(n, size, False),
+            work.swiglu_backward(n, size),
         ),
         "swiglu_backward_fast": (
             fast.swiglu_backward_fast(per), *vector_each, five,
