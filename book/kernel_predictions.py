@@ -7,8 +7,9 @@ float32, on the shape of its target. registers, shared (bytes a block) and what 
 loads before it waits are read from the machine code for sm_90a; blocks and occupancy
 follow (`gpu.roofline.occupancy`); under_way is the most bytes that one multiprocessor
 waits for at a time, and reachable the part of an H200's bandwidth that this can fill if
-a load takes `gpu.roofline.LATENCY`, which is an assumption. The floors are the least
-microseconds by bytes, operations and special functions. Nothing is timed.
+a load takes `gpu.roofline.LATENCY`, which is an assumption, and nobody waits for
+stores. The floors are the least microseconds by bytes, operations and special
+functions. Nothing is timed.
 
 Needs the ``cuda`` extra, and no GPU.
 """
@@ -147,7 +148,8 @@ def row(case: Case, code: Compiled) -> Row:
         "threads": case.threads, "registers": code.registers, "shared": code.shared,
         "blocks": fits.blocks, "occupancy": fits.fraction,
         "limited_by": fits.limited_by,
-        "under_way": under_way, "reachable": reachable(H200, under_way),
+        "under_way": under_way,
+        "reachable": reachable(H200, under_way, loads=case.job.loads),
         "floor_h200_us": 1e6 * here.seconds, "floor_h100_us": 1e6 * there.seconds,
         "bound": here.bound,
     }  # fmt: skip

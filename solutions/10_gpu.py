@@ -215,8 +215,8 @@ def log_sum_exp(x, m, l, rows, width):
 # $$
 #
 # A block takes a row of `width` numbers, W in the formula; `width` need not be a
-# multiple of the number of threads, which itself is a multiple of 32. Read `x` and
-# `residual` once: the second time, what you need is in `total`. `block_sum(value,
+# multiple of the number of threads. Those are a multiple of 32, at most 512. Read `x`
+# and `residual` once: the second time, what you need is in `total`. `block_sum(value,
 # scratch)`, from the first cell, returns the sum over the block to every thread. It
 # must be called by all of them, with `scratch = cuda.shared.array(32, float32)`.
 
