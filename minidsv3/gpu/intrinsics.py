@@ -8,8 +8,8 @@ Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper
 a float32. All arithmetic is in float32. The same kernel serves both, for `load8`,
 `store8`, `load1` and `store1` look at the array's dtype.
 
-The twins differ from a GPU in one thing: its `exp2`, `rsqrt` and `reciprocal` take
-denormal numbers for zero, and the twins do not. No kernel should live on those.
+The twins differ from a GPU in the last digits of `exp2`, `log2`, `rsqrt` and
+`reciprocal`, which it only approximates. Like it they take denormal numbers for zero.
 """
 
 from typing import Any
