@@ -112,7 +112,7 @@ def spread(load: Callable[..., tuple]) -> Kernel:
     """Four 8 × 8 matrices, a row in four words of x, to the lanes' words in y."""
 
     def kernel(x, y):
-        tile = cuda.shared.array(128, uint32)
+        tile = cuda.shared.array(128, uint32, alignment=16)
         t = cuda.threadIdx.x
         for k in range(4):
             tile[t + 32 * k] = x[t + 32 * k]
@@ -133,8 +133,8 @@ def product(a, b, d):
     loads of A name the left halves of its rows. B comes by a load of which two matrices
     are rows 0–7 and 8–15 of B, and two are not used.
     """
-    left = cuda.shared.array(128, uint32)
-    right = cuda.shared.array(64, uint32)
+    left = cuda.shared.array(128, uint32, alignment=16)
+    right = cuda.shared.array(64, uint32, alignment=16)
     t = cuda.threadIdx.x
     for k in range(4):
         left[t + 32 * k] = a[t + 32 * k]
@@ -154,7 +154,7 @@ def product(a, b, d):
 
 def copied_aside(x, y):
     """128 words by way of shared memory, past the registers, and turned around."""
-    tile = cuda.shared.array(128, uint32)
+    tile = cuda.shared.array(128, uint32, alignment=16)
     t = cuda.threadIdx.x
     copy_async16(tile, 4 * t, x, 4 * t)
     commit_copies()
@@ -166,7 +166,7 @@ def copied_aside(x, y):
 
 def copied_in_stages(x, y):
     """Two groups of copies; the older is read while the younger may be under way."""
-    tile = cuda.shared.array(256, uint32)
+    tile = cuda.shared.array(256, uint32, alignment=16)
     t = cuda.threadIdx.x
     copy_async16(tile, 4 * t, x, 4 * t)
     commit_copies()
