@@ -58,12 +58,6 @@ class Job:
         return sum(stream.bytes for stream in self.streams) + self.words
 
     @property
-    def loads(self) -> float:
-        """The share of loads in the bytes of its arrays."""
-        read = sum(stream.bytes for stream in self.streams if stream.kind == "read")
-        return read / sum(stream.bytes for stream in self.streams)
-
-    @property
     def work(self) -> Work:
         """What `gpu.roofline.floor` takes."""
         return Work(self.bytes, self.operations, self.special)
@@ -190,7 +184,7 @@ def cross_entropy(rows: int, width: int, size: int, fast: bool = True) -> Job:
     return Job(streams, 4 * n + 3 * adjusted, n + adjusted, words)
 
 
-def cross_entropy_backward(rows: int, width: int, size: int, fast: bool = True) -> Job:
+def cross_entropy_backward(rows: int, width: int, size: int) -> Job:
     """Its gradient in place of the logits: four operations and an exp2 a number."""
     n = rows * width
     streams = (
