@@ -17,11 +17,14 @@ from minidsv3.gpu.intrinsics import (
     ldmatrix4,
     ldmatrix4_transposed,
     load1,
+    load4,
     load8,
     low_of,
     mma_bf16,
     pack2,
+    round_to,
     store1,
+    store4,
     store8,
     wait_copies,
 )
@@ -80,6 +83,33 @@ def wide_store(x, y, n):
         for k in range(8):
             values[8 + k] = load1(x, i + k)
         store8(y, i, values, 8)
+
+
+def load_of_four(x, y, n):
+    """`wide_load`, of four."""
+    i = 4 * cuda.grid(1)
+    values = cuda.local.array(8, float32)
+    if i < n:
+        load4(x, i, values, 4)
+        for k in range(4):
+            store1(y, i + k, values[4 + k])
+
+
+def store_of_four(x, y, n):
+    """`wide_store`, of four."""
+    i = 4 * cuda.grid(1)
+    values = cuda.local.array(8, float32)
+    if i < n:
+        for k in range(4):
+            values[4 + k] = load1(x, i + k)
+        store4(y, i, values, 4)
+
+
+def rounded(x, y, like, n):
+    """Numbers of x as an array like this one would hold them, and still float32."""
+    i = cuda.grid(1)
+    if i < n:
+        y[i] = round_to(like, x[i])
 
 
 def one_by_one(x, y, n):
