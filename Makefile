@@ -59,7 +59,7 @@ open: $(STAMPS)/book ## Open the book in the browser
 test: lint ## Run every test that needs no GPU
 	@$(PYTEST) -n $(JOBS) --maxprocesses 4 $(ARGS)
 
-test-cuda: $(call where,$(CUDA),test cuda) ## Run the tests of the CUDA kernels
+test-cuda: $(call where,$(CUDA),test cuda) ## Compile the CUDA kernels and check them
 	@$(call if_any,$(CUDA),$(PYTEST) tests/cuda $(ARGS),There are no CUDA tests yet.)
 
 grade: $(call where,$(EXERCISES),lab) ## Grade your answers to the exercises
@@ -177,6 +177,7 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(patsubst %,$(STAMPS)/%,book test lab cuda): $(STAMPS)/%: $(STAMPS)/torch \
   pyproject.toml constraints.txt
-	@echo "-- Installing minidsv3 and what 'make $*' needs: a minute or two."
+	@echo "-- Installing minidsv3 and what 'make $(patsubst cuda,test-cuda,$*)' needs:" \
+	  "a minute or two."
 	@$(call install,--constraint constraints.txt --editable ".[$*]")
 	@touch $@

@@ -42,14 +42,14 @@ SIZES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 WORDS = {"bfloat16": "u2[]", "float32": "f4[]"}
 SIGNATURES = {
     "rmsnorm": "x x x f4[] u4 f4 f4",
-    "add": "x x x u4",
+    "add": "x x x u8",
     "add_rmsnorm": "x x x x x f4[] u4 f4 f4",
     "rmsnorm_backward": "x x x f4[] x f4[] u4 u4 f4",
     "rope": "x f4[] u4 u4 u4 u4 f4",
-    "swiglu": "x x x u4",
-    "swiglu_backward": "x x x x x u4",
-    "cross_entropy": "x i8[] f4[] f4[] u4",
-    "cross_entropy_backward": "x i8[] f4[] f4[] u4",
+    "swiglu": "x x x u8",
+    "swiglu_backward": "x x x x x u8",
+    "cross_entropy": "x i8[] f4[] f4[] f4[] u4",
+    "cross_entropy_backward": "x i8[] f4[] f4[] f4[] u4",
 }
 SHAPES = {
     **dict.fromkeys(("rmsnorm", "add", "add_rmsnorm"), f"{TOKENS} x {D}"),
@@ -78,6 +78,8 @@ class Case:
     def signature(self) -> str:
         """What `compiled` takes."""
         words = SIGNATURES[self.kernel].split()
+        if (self.kernel, self.how) == ("rope", "fast"):
+            words.insert(2, "u4")  # how many tokens
         return " ".join(WORDS[self.dtype] if w == "x" else w for w in words)
 
     @property

@@ -12,9 +12,12 @@ The map, mechanism by implementation. Imports point downwards only::
     moe           numpy_ref · torch_port
     mla           numpy_ref · torch_port
     primitives    numpy_ref · attention_numpy_ref · torch_port · attention_torch_port
-                  · cache · work_of_cuda_kernels
-    gpu           simulator · dialect · threads · warps · memory · races · binding
-                  · reports · watching · counts · traces · roofline · machine_code
+                  · cache · plain_cuda_kernels · fast_cuda_kernels · cuda_kernels
+                  · work_of_cuda_kernels
+    gpu           simulator · dialect · threads · warps · tensor_cores · memory
+                  · races · copies · reports · watching · counts · traces
+                  · intrinsics · reductions · binding · compile · ptx · machine_code
+                  · launch · roofline
     parameters    names and shapes of every parameter
     checkpoints   models on disk, in DeepSeek's layout
     fp8           matrices in 8 bits, a scale for each block

@@ -27,7 +27,15 @@ FLOORS = {
     "__main__": 6,
 }
 GROUND = 0
-HEAVY = {"numpy_ref": {"torch", "numba"}, "torch_port": {"numba"}}
+HEAVY = {
+    "numpy_ref": {"torch", "numba"},
+    "torch_port": {"numba"},
+    "cuda_kernels": {"numba"},
+}
+# What the kernels stand on must load where there is no numba-cuda, but for one module,
+# and only the compiler, when it is asked to, loads that.
+GPU = f"{PACKAGE}/gpu/"
+PTX, COMPILER, LAUNCHER = (f"{GPU}{name}.py" for name in ("ptx", "compile", "launch"))
 CODE_LINES, FUNCTION_LINES, KERNEL_LINES, COLUMNS = 300, 60, 150, 88
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -83,23 +91,27 @@ def imports(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
-def room(dotted: str) -> str:
+def dotted(name: str) -> str:
+    """The module that a file is."""
+    return name.removesuffix(".py").replace("/", ".")
+
+
+def room(module: str) -> str:
     """The room of a module of ours: ``minidsv3.model.numpy_ref`` is in ``model``."""
-    return (dotted.split(".") + [""])[1]
+    return (module.split(".") + [""])[1]
 
 
 def imports_upwards(root: Path) -> list[str]:
     """Imports that do not point one way: from a higher floor, or between siblings."""
     wrong = []
     for name, _, tree in library(root):
-        dotted = name.removesuffix(".py").replace("/", ".")
-        here = room(dotted)
+        here = room(dotted(name))
         for line, target in imports(tree, name):
             if target.split(".")[0] != PACKAGE or (there := room(target)) == here:
                 continue
             below = FLOORS.get(there, GROUND) < FLOORS.get(here, GROUND)
             both_ground = here not in FLOORS and there not in FLOORS
-            kernel_matter = there == "gpu" and "cuda_kernels" not in dotted
+            kernel_matter = there == "gpu" and "cuda_kernels" not in name
             if kernel_matter or not (below or both_ground):
                 wrong.append(f"{name}:{line}: {here} must not import {target}")
     return wrong
@@ -112,9 +124,15 @@ def unknown_rooms(root: Path) -> list[str]:
 
 
 def heavy_imports(root: Path) -> list[str]:
-    """A numpy_ref that names torch or numba, a torch_port that names numba."""
+    """A numpy_ref that names torch or numba, a torch_port that names numba.
+
+    And anything but the compiler that names the module which cannot do without it.
+    """
     wrong = []
     for name, _, tree in library(root):
+        for line, target in imports(tree, name):
+            if f"{target}.".startswith(f"{dotted(PTX)}.") and name != COMPILER:
+                wrong.append(f"{name}:{line}: must not import {target}")
         for kind, heavy in HEAVY.items():
             if not name.endswith(f"{kind}.py"):
                 continue
@@ -144,9 +162,16 @@ def heavy_loads(root: Path) -> list[str]:
     wrong = []
     if extra := loads(root, PACKAGE) - {PACKAGE}:
         wrong.append(f"{PACKAGE}/__init__.py: loads {', '.join(sorted(extra))}")
-    for kind, heavy in HEAVY.items():
-        names = [n for n, *_ in library(root) if n.endswith(f"{kind}.py")]
-        modules = [n.removesuffix(".py").replace("/", ".") for n in names]
+    every = [name for name, *_ in library(root)]
+    kinds = {
+        kind: ([n for n in every if n.endswith(f"{kind}.py")], heavy)
+        for kind, heavy in HEAVY.items()
+    }
+    light = [n for n in every if n.startswith(GPU) and n not in (PTX, LAUNCHER)]
+    kinds["gpu"] = (light, {"torch", "numba"})
+    kinds["launch"] = ([n for n in every if n == LAUNCHER], {"numba"})
+    for kind, (names, heavy) in kinds.items():
+        modules = [dotted(name).removesuffix(".__init__") for name in names]
         if modules and (extra := loads(root, *modules) & heavy):
             wrong.append(f"{kind}: {', '.join(modules)} load {', '.join(extra)}")
     return wrong

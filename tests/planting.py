@@ -67,3 +67,15 @@ def plant_loops(patch: pytest.MonkeyPatch, module: ModuleType, *lines):
     for name, function in wrong.items():
         if inspect.isfunction(function) and function.__module__ == module.__name__:
             patch.setattr(module, name, function)
+
+
+def changed_in(module: ModuleType, name: str, *lines: tuple[str, str]) -> dict:
+    """What a module would hold with other lines in one of its functions.
+
+    Functions of the module see the changed one, for they are all made anew.
+    """
+    source = old = inspect.getsource(getattr(module, name))
+    for right, wrong in lines:
+        assert source.count(right) == 1, f"{right!r}: {source.count(right)} in {name}"
+        source = source.replace(right, wrong)
+    return changed(module, (old, source))

@@ -1,7 +1,6 @@
 """The exercises: what is committed, what passes, what fails and under which name."""
 
 import ast
-import re
 import subprocess
 from pathlib import Path
 

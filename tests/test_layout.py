@@ -153,6 +153,32 @@ PROBLEMS = [
         },
         "torch_port: minidsv3.model.torch_port load numba",
     ),
+    (
+        "heavy_loads",
+        {
+            "minidsv3/gpu/warps.py": '"""W."""\nimport torch\n',
+            "torch.py": '"""A small stand-in."""\n',
+        },
+        "gpu: minidsv3.gpu, minidsv3.gpu.warps load torch",
+    ),
+    (
+        "heavy_loads",
+        {
+            "minidsv3/gpu/launch.py": '"""L."""\nimport numba\n',
+            "numba.py": '"""A small stand-in."""\n',
+        },
+        "launch: minidsv3.gpu.launch load numba",
+    ),
+    (
+        "heavy_imports",
+        {"minidsv3/mla/cuda_kernels.py": importing("from minidsv3.gpu import ptx")},
+        "mla/cuda_kernels.py:6: must not import minidsv3.gpu.ptx",
+    ),
+    (
+        "heavy_imports",
+        {"minidsv3/gpu/launch.py": importing("from minidsv3.gpu.ptx import exp2")},
+        "gpu/launch.py:6: must not import minidsv3.gpu.ptx.exp2",
+    ),
     ("shadows", {"minidsv3/numpy.py": '"""N."""\n'}, "minidsv3/numpy.py: hides the"),
     ("shadows", {"minidsv3/torch/x.py": '"""N."""\n'}, "minidsv3/torch/: hides the"),
     ("shadows", {"book/json.py": '"""N."""\n'}, "book/json.py: hides the package"),
@@ -274,6 +300,14 @@ ALLOWED = [
         {"book/x.md": "https://x.org/home/ada /usr/bin ~/tmp/x a/root/b"},
     ),
 ]
+
+
+MACHINE_SIDE = {
+    "minidsv3/gpu/ptx.py": '"""P."""\nimport numba\n',
+    "minidsv3/gpu/compile.py": importing("from minidsv3.gpu import ptx"),
+    "numba.py": '"""A small stand-in."""\n',
+}
+ALLOWED += [(check, MACHINE_SIDE) for check in ("heavy_loads", "heavy_imports")]
 
 
 @pytest.mark.parametrize(("check", "changes"), ALLOWED)

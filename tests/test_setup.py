@@ -15,6 +15,8 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from minidsv3.gpu.compile import BUILT_FOR
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -137,6 +139,10 @@ def test_what_is_installed_is_what_is_pinned():
     ]
     assert {"numpy", "pytest"} <= installed.keys()
     assert not wrong
+
+
+def test_the_compiler_is_built_for_the_pinned_numba_cuda():
+    assert [version_of(pin) for pin in PINS["numba-cuda"]] == [BUILT_FOR]
 
 
 def test_version_and_licence_are_told_once():
@@ -310,6 +316,41 @@ def test_what_is_not_there_yet_is_said(clone, target):
     assert ran.returncode == 0
     assert ran.stdout.startswith("There ")
     assert not (clone / ".venv").exists()
+
+
+def test_cuda_tests_are_run_by_name_only(tmp_path):
+    """Nobody without the cuda extra meets them, not even as skipped."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("test_a.py", "cuda/test_b.py", "benchmarks/test_c.py"):
+        (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / name).write_text("def test_it(): pass\n")
+
+    def collected(*arguments: str) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return set(re.findall(r"^tests/.*(?=::)", said.stdout, re.MULTILINE))
+
+    assert collected() == {"tests/test_a.py"}
+    assert collected("tests/cuda") == {"tests/cuda/test_b.py"}
+
+
+@needs_make
+def test_only_cuda_tests_install_the_cuda_extra(ready):
+    (ready / "tests" / "cuda").mkdir(parents=True)
+    (ready / "tests" / "cuda" / "test_a.py").touch()
+    assert "pip" not in make(ready, "-n", "test-cuda").stdout
+    (ready / ".venv" / ".stamps" / "cuda").unlink()
+    plan = make(ready, "-n", "test-cuda").stdout
+    assert '--editable ".[cuda]"' in plan
+    assert plan.splitlines()[-1].endswith("pytest tests/cuda ")
+    for target in TARGETS - {"test-cuda", "help", "lock"}:
+        assert "[cuda]" not in make(ready, "-n", target).stdout, target
+
+
+def test_the_gate_runs_without_the_cuda_extra_first():
+    gate = (ROOT / ".ci" / "run").read_text()
+    stages = re.findall(r'^stage ".*" make (?:--\S+ )?(\S+)$', gate, re.MULTILINE)
+    assert stages == ["setup", "test", "book", "check-book", "test-cuda"]
 
 
 @needs_make

@@ -6,11 +6,13 @@ import pickle
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from minidsv3.gpu import reductions
 from minidsv3.gpu.simulator import (
     BoundsError,
     DivergenceError,
@@ -990,6 +992,8 @@ def no_dtype(x):
     [
         (same_value, 1, 1025, 1, "block is 1025: a block has at most 1024 threads"),
         (same_value, 1, (32, 33), 1, r"block is \(32, 33\): .* at most 1024"),
+        (same_value, 1, (1, 1, 65), 1, r"block is \(1, 1, 65\): along z .* at most 64"),
+        (same_value, (1, 65536), 1, 1, r"grid is \(1, 65536\): along y and z .* 65535"),
         (same_value, 0, 1, 1, "grid is 0: it must be a positive integer"),
         (same_value, 1, (4, 0), 1, r"block is \(4, 0\): it must be"),
         (same_value, (1, 1, 1, 1), 1, 1, "up to three"),
@@ -1097,3 +1101,72 @@ def test_greenlet_missing(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "greenlet", None)
     with pytest.raises(ImportError, match="pip install greenlet"):
         launch(same_value, 1, 1, np.zeros(1))
+
+
+# --- a GPU's limits, and the host's threads -----------------------------------------
+
+
+def test_shared_memory_is_that_of_an_h100():
+    def kernel(out):
+        first = cuda.shared.array(200 * 1024, np.uint8)
+        second = cuda.shared.array(27 * 1024, np.uint8)
+        first[0] = second[0] = 1
+        out[0] = first[0] + second[0]
+
+    out = np.zeros(1)
+    launch(kernel, 1, 1, out)
+    assert out[0] == 2
+    larger = planted(kernel, "27 * 1024", "27 * 1024 + 1")
+    with pytest.raises(SimulatorError, match="232449 bytes of shared memory"):
+        launch(larger, 1, 1, out)
+
+
+@pytest.mark.parametrize("shuffle", ["shfl_xor_sync", "shfl_up_sync", "shfl_down_sync"])
+@pytest.mark.parametrize("distance", [-1, 32, 33])
+def test_a_shuffle_reaches_within_its_warp(shuffle, distance):
+    """A GPU would take the lowest five bits: 33 would mean 1."""
+
+    def kernel(out):
+        out[cuda.threadIdx.x] = getattr(cuda, shuffle)(FULL, 1, distance)
+
+    with pytest.raises(SimulatorError, match=f"distance of {distance}"):
+        launch(kernel, 1, 32, np.zeros(32))
+
+
+def test_a_compared_value_is_of_the_elements_dtype():
+    """Unsigned, -1 is 4294967295, and that is what the element holds."""
+
+    def kernel(lock):
+        cuda.atomic.cas(lock, 0, -1, 7)
+
+    lock = np.array([2**32 - 1], np.uint32)
+    launch(kernel, 1, 1, lock)
+    assert lock[0] == 7
+
+
+def test_host_threads_launch_one_after_another():
+    """They share one simulator; none is told that it is inside another's kernel."""
+
+    def kernel(x):
+        for _ in range(20):
+            cuda.syncthreads()
+            x[cuda.threadIdx.x] += 1
+
+    arrays = [np.zeros(32) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda x: [launch(kernel, 1, 32, x) for _ in range(5)], arrays))
+    assert all((x == 100).all() for x in arrays)
+
+
+def test_a_reduction_is_seen_line_by_line():
+    """It lies in the simulator's folder, but is part of the kernel that calls it."""
+
+    block_total = reductions.block_sum
+
+    def kernel(x):
+        scratch = cuda.shared.array(1, np.float32)
+        x[0] = block_total(x[0], scratch)
+
+    with pytest.raises(BoundsError) as caught:
+        launch(kernel, 1, 64, np.zeros(1, np.float32))
+    assert caught.value.function == "block_sum" and "scratch[" in caught.value.text

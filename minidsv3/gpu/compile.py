@@ -20,10 +20,11 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -36,12 +37,14 @@ from minidsv3.gpu.binding import rebound
 BUILT_FOR = "0.30.4"
 """The version of numba-cuda whose insides this module knows."""
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0, "a")}
-"""A100 and what came after; H100 and H200 with what only they have."""
+"""The A100 (and with it all of 8.x); H100 and H200, with what only they have."""
 NEEDED = (
     "compiling a kernel needs numba-cuda and NVIDIA's tools: pip install "
     "'minidsv3[cuda]' (Linux, Windows). Without them a kernel runs in "
     "minidsv3.gpu.simulator."
 )
+COMPILING = threading.Lock()
+"""Held while Numba believes in a device that is not there."""
 RESERVED = {"sm_90a": 1024}
 """Shared memory that cuobjdump counts and no kernel has: the driver keeps it."""
 INSTRUCTION = (
@@ -61,9 +64,11 @@ class CompilerError(Exception):
 class Compiled:
     """A kernel as a GPU would load it, and what NVIDIA's tools say of it.
 
-    registers: 32-bit, a thread. stack, spilled: bytes a thread keeps in memory because
-    it has not enough of them. shared: static bytes a block. parameters: their sizes in
-    bytes, in order. instructions: how often each stands in the code, by its full name.
+    cubin: the file that a GPU loads. parameters: their sizes in bytes, in order. What
+    follows is asked of NVIDIA's cuobjdump when it is first wanted, and raises
+    CompilerError if that is missing: registers, of 32 bits, a thread; stack and local,
+    bytes a thread keeps in memory; shared, static bytes a block; sass, the machine code
+    as text; instructions, how often each stands in it, by its full name.
 
     Built again, a kernel is the same but for its entry's name, in which Numba counts.
     """
@@ -72,13 +77,37 @@ class Compiled:
     entry: str
     architecture: str
     cubin: bytes = field(repr=False)
-    sass: str = field(repr=False)
-    registers: int
-    stack: int
-    local: int
-    shared: int
     parameters: tuple[int, ...]
-    instructions: Counter = field(repr=False)
+
+    registers = property(lambda self: self._usage["REG"])
+    stack = property(lambda self: self._usage["STACK"])
+    local = property(lambda self: self._usage["LOCAL"])
+
+    @property
+    def shared(self) -> int:
+        """Static shared memory of a block, in bytes, without what the driver keeps."""
+        return max(0, self._usage["SHARED"] - RESERVED.get(self.architecture, 0))
+
+    @cached_property
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _tool("-sass", self.cubin)
+
+    @cached_property
+    def instructions(self) -> Counter:
+        """How often each instruction stands in the code, by its full name."""
+        return Counter(INSTRUCTION.findall(self.sass))
+
+    @cached_property
+    def _usage(self) -> dict[str, int]:
+        said = _tool("-res-usage", self.cubin)
+        found = re.search(rf"Function {re.escape(self.entry)}:\s+(.*)", said)
+        usage = dict(re.findall(r"\b([A-Z]+):(\d+)", found[1] if found else ""))
+        if not usage.keys() >= {"REG", "STACK", "SHARED", "LOCAL"}:
+            raise CompilerError(
+                f"cuobjdump does not say what {self.kernel} uses: {said}"
+            )
+        return {name: int(number) for name, number in usage.items()}
 
     def count(self, *prefixes: str) -> int:
         """How many instructions begin with one of these: ``count("LDG.E.128")``."""
@@ -122,7 +151,8 @@ def compiled(
     ``u2`` the bits of a bfloat16, ``i4``, ``u4``, ``i8``, and ``f4[]`` for a contiguous
     array of one dimension. Raises CompilerError if numba-cuda or a tool is missing or
     of another version, ValueError for a signature or architecture that is none, and
-    a NumbaError (numba.core.errors) for a kernel that Numba does not understand.
+    a NumbaError (numba.core.errors) for a kernel that Numba does not understand. Device
+    functions must be imported by name: through their module Numba does not find them.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -136,16 +166,15 @@ def compiled(
             f"{function.__name__} has {function.__code__.co_argcount} parameters"
         )
     options = {"max_registers": max_registers, "fastmath": fastmath}
-    with _stand_in(ARCHITECTURES[architecture][:2]):
+    with COMPILING, _stand_in(ARCHITECTURES[architecture][:2]):
         dispatcher = numba_cuda.jit(**options)(function)
         built = _kernel_class()(dispatcher.py_func, types, **dispatcher.targetoptions)
         library = built._codelibrary
         cubin = library.get_cubin(cc=ARCHITECTURES[architecture])
         code = bytes(getattr(cubin, "code", cubin))
         parameters = _parameters(library.get_asm_str(), built.entry_name)
-    return _examined(
-        function.__name__, built.entry_name, architecture, code, parameters
-    )
+    name = function.__name__
+    return Compiled(name, built.entry_name, architecture, code, parameters)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -153,8 +182,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
     Raises CompilerError for a GPU that none of `ARCHITECTURES` runs on.
     """
-    for name, (*digits, _) in ((n, (*c, "")[:3]) for n, c in ARCHITECTURES.items()):
-        if tuple(digits) == tuple(capability):
+    for name, known in ARCHITECTURES.items():
+        if known[:2] == tuple(capability):
             return name
     major, minor = capability
     if major == 8:  # code for 8.0 runs on every later 8.x
@@ -196,7 +225,7 @@ def _numba_cuda() -> Any:
     try:
         version = metadata.version("numba-cuda")
         from numba import cuda
-    except (metadata.PackageNotFoundError, ImportError) as error:
+    except ImportError as error:  # PackageNotFoundError is one
         raise CompilerError(NEEDED) from error
     if version != BUILT_FOR:
         raise CompilerError(
@@ -279,47 +308,19 @@ def _parameters(ptx: str, entry: str) -> tuple[int, ...]:
     )
 
 
-def _examined(
-    kernel: str, entry: str, architecture: str, cubin: bytes, parameters: tuple
-) -> Compiled:
-    """What NVIDIA's cuobjdump says of a cubin."""
+def _tool(option: str, cubin: bytes) -> str:
+    """What cuobjdump says of a cubin. It calls nvdisasm, and so must find it."""
+    folders = {name: _folder_of(name) for name in ("cuobjdump", "nvdisasm")}
+    program = Path(folders["cuobjdump"], "cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage = _tool("-res-usage", path)
-        sass = _tool("-sass", path)
-    found = re.search(
-        rf"Function {re.escape(entry)}:\s+REG:(?P<REG>\d+) STACK:(?P<STACK>\d+)"
-        r" SHARED:(?P<SHARED>\d+) LOCAL:(?P<LOCAL>\d+)",
-        usage,
-    )
-    if not found:
-        raise CompilerError(f"cuobjdump does not say what {kernel} uses:\n{usage}")
-    return Compiled(
-        kernel=kernel,
-        entry=entry,
-        architecture=architecture,
-        cubin=cubin,
-        sass=sass,
-        registers=int(found["REG"]),
-        stack=int(found["STACK"]),
-        local=int(found["LOCAL"]),
-        shared=max(0, int(found["SHARED"]) - RESERVED.get(architecture, 0)),
-        parameters=parameters,
-        instructions=Counter(INSTRUCTION.findall(sass)),
-    )
-
-
-def _tool(option: str, path: Path) -> str:
-    """What cuobjdump prints. It calls nvdisasm, and so must find it."""
-    folders = {name: _folder_of(name) for name in ("cuobjdump", "nvdisasm")}
-    program = Path(folders["cuobjdump"], "cuobjdump")
-    answer = subprocess.run(
-        [program, option, path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PATH": str(folders["nvdisasm"])},
-    )
+        answer = subprocess.run(
+            [program, option, path],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": str(folders["nvdisasm"])},
+        )
     if answer.returncode:
         raise CompilerError(f"cuobjdump {option} failed: {answer.stderr.strip()}")
     return answer.stdout

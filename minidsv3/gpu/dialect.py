@@ -22,6 +22,8 @@ from minidsv3.gpu.reports import (
 from minidsv3.gpu.threads import Block, Dim3, current
 from minidsv3.gpu.warps import FULL_MASK, WARP_SIZE
 
+MOST_SHARED = 227 * 1024
+"""Bytes of a block (CUDA C++ Programming Guide, Compute Capability 9.0)."""
 Shape = int | tuple[int, ...]
 Number = int | float | np.number
 
@@ -132,6 +134,13 @@ def _poisoned(
     block: Block, shape: tuple[int, ...], dtype: np.dtype, space: str = "shared"
 ) -> tuple[np.ndarray, Memory]:
     """Memory full of ones in every bit: NaN in floats, -1 in integers."""
+    if space == "shared":
+        block.shared_bytes += prod(shape) * dtype.itemsize
+        if block.shared_bytes > MOST_SHARED:
+            _refuse(
+                f"asks for {block.shared_bytes} bytes of shared memory together.",
+                f"A block has at most {MOST_SHARED} on an H100, fewer elsewhere.",
+            )
     poison = bytearray(b"\xff" * (prod(shape) * dtype.itemsize))
     data = np.frombuffer(poison, dtype).reshape(shape)
     return data, Memory(space, block.launch.traffic[space], data)
@@ -199,7 +208,8 @@ class _Atomic:
         self, array: CheckedArray, index: Any, old: Number, value: Number
     ) -> Number:
         """Store value if the element equals old."""
-        return self._update(array, index, lambda now: value if now == old else now)
+        before = _converted(old, array)
+        return self._update(array, index, lambda now: value if now == before else now)
 
     def compare_and_swap(
         self, array: CheckedArray, old: Number, value: Number
@@ -218,6 +228,13 @@ def _converted(value: Any, array: CheckedArray) -> Number:
 
 
 # --- the object ---------------------------------------------------------------------
+
+
+def _distance(n: Any) -> int:
+    """How far a shuffle reads: 0 … 31, of anything else a GPU takes the lowest bits."""
+    if not 0 <= n < WARP_SIZE:
+        _refuse(f"shuffles over a distance of {n}.", "A warp has 32 lanes: 0 … 31.")
+    return n
 
 
 def _bits(x: Number) -> tuple[int, int]:
@@ -294,15 +311,15 @@ class Cuda:
 
     def shfl_xor_sync(self, mask: int, value: Any, bits: int) -> Any:
         """The value of lane ``own ^ bits``."""
-        return warp_operation("shfl_xor_sync", mask, value, bits)
+        return warp_operation("shfl_xor_sync", mask, value, _distance(bits))
 
     def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
         """The value of lane ``own - delta``; one's own in the first delta lanes."""
-        return warp_operation("shfl_up_sync", mask, value, delta)
+        return warp_operation("shfl_up_sync", mask, value, _distance(delta))
 
     def shfl_down_sync(self, mask: int, value: Any, delta: int) -> Any:
         """The value of lane ``own + delta``; one's own in the last delta lanes."""
-        return warp_operation("shfl_down_sync", mask, value, delta)
+        return warp_operation("shfl_down_sync", mask, value, _distance(delta))
 
     def ballot_sync(self, mask: int, predicate: Any) -> int:
         """A mask of the lanes whose predicate is true."""
@@ -317,7 +334,11 @@ class Cuda:
         return warp_operation("all_sync", mask, predicate)
 
     def threadfence(self) -> None:
-        """Order this thread's writes for others to see. It waits for nobody."""
+        """Order this thread's writes for others to see. It waits for nobody.
+
+        Here it does nothing, and so a flag that says "written" after a fence, though
+        right on a GPU, is reported as the race that it is without.
+        """
 
     def threadfence_block(self) -> None:
         """`threadfence` towards the threads of the block."""

@@ -7,6 +7,10 @@ instruction, see `ptx`. Arrays are one-dimensional; an index counts elements.
 Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper half of
 a float32. All arithmetic is in float32. The same kernel serves both, for `load8`,
 `store8`, `load1` and `store1` look at the array's dtype.
+
+`exp2`, `log2`, `rsqrt` and `reciprocal` take denormal numbers for zero and give none,
+as a GPU's do; their last digits differ from a GPU's, which only approximates. Other
+arithmetic keeps denormal numbers on both sides.
 """
 
 from typing import Any
@@ -24,6 +28,8 @@ F32 = np.dtype(np.float32)
 BF16_BITS = np.dtype(np.uint16)
 LOG2_E = float32(1.4426950408889634)
 """log2(e): ``exp(x) = exp2(x * LOG2_E)``, and the hardware has only the right side."""
+
+SMALLEST_NORMAL = float32(2.0**-126)
 
 Words = tuple[uint32, uint32, uint32, uint32]
 
@@ -121,19 +127,31 @@ def store8(array: Any, i: int, values: Any, j: int) -> None:
 # --- arithmetic ---------------------------------------------------------------------
 
 
+def _flushed(x: Any) -> float32:
+    """Zero for what is too small to be a normal float32: ``ftz``, flush to zero."""
+    x = np.float32(x)
+    return x * np.float32(0) if abs(x) < SMALLEST_NORMAL else x
+
+
 def exp2(x: float32) -> float32:
     """2ˣ to within two units in the last place (``ex2.approx.ftz.f32``)."""
-    return np.float32(np.exp2(np.float64(x)))  # NumPy's own in float32 is off by more
+    exact = np.exp2(np.float64(_flushed(x)))  # NumPy's own in float32 is off by more
+    return _flushed(exact)
+
+
+def log2(x: float32) -> float32:
+    """The logarithm to base 2, to within 2⁻²² (``lg2.approx.ftz.f32``); -inf of 0."""
+    return np.log2(_flushed(x))
 
 
 def rsqrt(x: float32) -> float32:
     """1/√x to within two units in the last place (``rsqrt.approx.ftz.f32``)."""
-    return np.float32(1) / np.sqrt(np.float32(x))
+    return np.float32(1) / np.sqrt(_flushed(x))
 
 
 def reciprocal(x: float32) -> float32:
     """1/x to within one unit in the last place (``rcp.approx.ftz.f32``)."""
-    return np.float32(1) / np.float32(x)
+    return _flushed(np.float32(1) / _flushed(x))
 
 
 # --- tensor cores -------------------------------------------------------------------

@@ -3,10 +3,10 @@
     launch(_swiglu_body, grid, block, gate, up, h, uint32(n))
 
 Tensors on a GPU: the kernel is compiled for it once, kept, and started on torch's
-current stream with the tensors' own memory, nothing copied. So it can be captured in a
-CUDA graph like any operation of torch. Tensors on the processor: it runs in
-`minidsv3.gpu.simulator`, which checks every access and takes its time (some 10,000
-threads a second), whether there is a GPU or not. Nothing else decides.
+current stream with the tensors' own memory, nothing copied. So once it was launched, it
+can be captured in a CUDA graph like any operation of torch. Tensors on the processor:
+it runs in `minidsv3.gpu.simulator`, which checks every access and takes its time (some
+10,000 threads a second), whether there is a GPU or not. Nothing else decides.
 
 Scalars are NumPy's, ``uint32(n)``, ``float32(eps)``, so that their type is certain.
 """
@@ -14,7 +14,7 @@ Scalars are NumPy's, ``uint32(n)``, ``float32(eps)``, so that their type is cert
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ KINDS = {
 }  # fmt: skip
 """A kernel's word for each dtype of a tensor: bfloat16 comes as its bits."""
 SIZES = {"f4": 4, "u2": 2, "i4": 4, "u4": 4, "i8": 8, "f8": 8, "u8": 8}
-MOST_STATIC_SHARED = 48 * 1024
+MOST_SHARED_UNASKED = 48 * 1024
+"""Static and dynamic shared memory together, in bytes; for more one asks the driver."""
 Extent = int | tuple[int, ...]
 
 
@@ -80,7 +81,7 @@ def _device(args: Sequence[Any]) -> torch.device:
                     f"{arg.stride()}: a kernel needs it contiguous()"
                 )
             devices.add(arg.device)
-        elif not isinstance(arg, np.generic):
+        elif not isinstance(arg, np.generic) or arg.dtype.str[1:] not in SIZES:
             raise TypeError(
                 f"argument {position} is {arg!r}: scalars are NumPy's, so that their "
                 "type is certain; write np.uint32(...) or np.float32(...)"
@@ -92,10 +93,14 @@ def _device(args: Sequence[Any]) -> torch.device:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory as a one-dimensional array, bfloat16 as its bits."""
-    flat = tensor.detach().view(-1)
-    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
-    return bits.numpy()
+    """The tensor's own memory as a one-dimensional array, bfloat16 as its bits.
+
+    A piece of its whole storage, so that the simulator sees how it is aligned.
+    """
+    dtype = torch.uint16 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    whole = torch.empty(0, dtype=dtype).set_(tensor.detach().untyped_storage())
+    begin = tensor.storage_offset()
+    return whole.numpy()[begin : begin + tensor.numel()]
 
 
 def signature_of(dtypes: Sequence[torch.dtype | np.dtype]) -> str:
@@ -126,20 +131,30 @@ def _on_gpu(
 
 def _three(extent: Extent) -> tuple[int, ...]:
     sizes = extent if isinstance(extent, tuple) else (extent,)
+    if len(sizes) > 3:
+        raise ValueError(f"a grid and a block have at most three sizes, not {sizes}")
     return (*sizes, 1, 1)[:3]
 
 
-@cache
+LOADED: dict[tuple, "Loaded"] = {}
+LOADING = threading.Lock()
+
+
 def _loaded(
     kernel: Callable[..., None], dtypes: tuple, device: torch.device
 ) -> "Loaded":
     """The kernel compiled for a GPU and loaded there, once."""
-    from minidsv3.gpu.compile import architecture, compiled
+    key = kernel, dtypes, device
+    if key not in LOADED:
+        from minidsv3.gpu.compile import architecture, compiled
 
-    signature = signature_of(dtypes)
-    capability = torch.cuda.get_device_capability(device)
-    code = compiled(kernel, signature, architecture(capability))
-    return Loaded(driver(), code.cubin, code.entry, signature)
+        with LOADING:
+            if key not in LOADED:
+                signature = signature_of(dtypes)
+                capability = torch.cuda.get_device_capability(device)
+                code = compiled(kernel, signature, architecture(capability))
+                LOADED[key] = Loaded(driver(), code.cubin, code.entry, signature)
+    return LOADED[key]
 
 
 @lru_cache(maxsize=1)
@@ -165,22 +180,36 @@ class Loaded:
 
     def __init__(self, driver: Any, cubin: bytes, entry: str, signature: str) -> None:
         self.driver, self.entry, self.words = driver, entry, signature.split()
-        module = self._asked("cuModuleLoadData", cubin)
-        self.function = self._asked("cuModuleGetFunction", module, entry.encode())
-        self.module = module  # the function lives as long as this
-        self.shared = MOST_STATIC_SHARED
+        self._enter_context()
+        self.module = self._asked("cuModuleLoadData", cubin)  # lives as long as this
+        self.function = self._asked("cuModuleGetFunction", self.module, entry.encode())
+        which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        static = self._asked("cuFuncGetAttribute", which, self.function)
+        self.dynamic_shared = MOST_SHARED_UNASKED - static
         self.buffers = threading.local()
+
+    def _enter_context(self) -> None:
+        """Give a host thread that has none the context that torch uses on its device.
+
+        A new thread has none until torch does something there: autograd's own, say.
+        """
+        if int(self._asked("cuCtxGetCurrent")):
+            return
+        device = self._asked("cuDeviceGet", torch.cuda.current_device())
+        context = self._asked("cuDevicePrimaryCtxRetain", device)
+        self._asked("cuCtxSetCurrent", context)
 
     def start(
         self, grid: tuple, block: tuple, dynamic_shared: int, stream: int,
         args: Sequence[Any],
     ) -> None:  # fmt: skip
         """Start on a stream; args are (address, elements) and NumPy scalars."""
-        if dynamic_shared > self.shared:
+        self._enter_context()
+        if dynamic_shared > self.dynamic_shared:
             attribute = self.driver.CUfunction_attribute
             which = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._asked("cuFuncSetAttribute", self.function, which, dynamic_shared)
-            self.shared = dynamic_shared
+            self.dynamic_shared = dynamic_shared
         pointers = self._parameters(args)
         self._asked(
             "cuLaunchKernel",
@@ -199,8 +228,7 @@ class Loaded:
                 cells[at + 4] = address
                 at += 7
             else:
-                bits = arg.tobytes().ljust(8, b"\0")
-                cells[at] = int.from_bytes(bits, "little")
+                cells[at] = int.from_bytes(arg.tobytes(), "little")
                 at += 1
         return self.buffers.address
 

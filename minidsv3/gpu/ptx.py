@@ -20,7 +20,10 @@ FOUR_WORDS = ir.LiteralStructType([I32] * 4)
 FOUR_FLOATS = ir.LiteralStructType([F32] * 4)
 SHARED = 3  # LLVM's number for a block's shared memory
 
+Type = types.Type
 Generate = Callable[..., ir.Value]
+Typed = tuple[Any, Generate] | None
+"""A signature and what makes the code; None if the types are not for this intrinsic."""
 
 
 def _asm(
@@ -64,6 +67,7 @@ def _elementwise(text: str, result: Any, *arguments: Any) -> Any:
 
 
 exp2 = _elementwise("ex2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
+log2 = _elementwise("lg2.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 rsqrt = _elementwise("rsqrt.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 reciprocal = _elementwise("rcp.approx.ftz.f32 $0, $1;", types.float32, types.float32)
 pack2 = _elementwise(
@@ -97,7 +101,7 @@ low_of, high_of = _shifted(_low), _shifted(_high)
 
 
 @intrinsic
-def float_of(typing_context, bits):
+def float_of(typing_context: Any, bits: Type) -> Typed:
     """16 bits, shifted up."""
 
     def generate(context, builder, signature, values):
@@ -160,7 +164,7 @@ def _write(builder: Any, pointer: ir.Value, words: Sequence[ir.Value]) -> None:
 
 
 @intrinsic
-def load1(typing_context, array, i):
+def load1(typing_context: Any, array: Type, i: Type) -> Typed:
     """One element, widened."""
     size = _holds(array)
 
@@ -175,7 +179,7 @@ def load1(typing_context, array, i):
 
 
 @intrinsic
-def store1(typing_context, array, i, value):
+def store1(typing_context: Any, array: Type, i: Type, value: Type) -> Typed:
     """One element, rounded."""
     size = _holds(array)
 
@@ -194,7 +198,7 @@ def store1(typing_context, array, i, value):
 
 
 @intrinsic
-def round_to(typing_context, array, value):
+def round_to(typing_context: Any, array: Type, value: Type) -> Typed:
     """There and back again for bfloat16, nothing for float32."""
     size = _holds(array)
 
@@ -304,7 +308,10 @@ ldmatrix4, ldmatrix4_transposed = _ldmatrix(""), _ldmatrix(".trans")
 
 
 @intrinsic
-def mma_bf16(typing_context, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
+def mma_bf16(
+    typing_context: Any, c0: Type, c1: Type, c2: Type, c3: Type,
+    a0: Type, a1: Type, a2: Type, a3: Type, b0: Type, b1: Type,
+) -> Typed:  # fmt: skip
     """HMMA.16816.F32.BF16."""
     text = (
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -322,7 +329,9 @@ def mma_bf16(typing_context, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
 
 
 @intrinsic
-def copy_async16(typing_context, tile, i, source, j):
+def copy_async16(
+    typing_context: Any, tile: Type, i: Type, source: Type, j: Type
+) -> Typed:
     """LDGSTS: from global memory past the registers."""
 
     def generate(context, builder, signature, values):
@@ -340,7 +349,7 @@ def copy_async16(typing_context, tile, i, source, j):
 
 
 @intrinsic
-def commit_copies(typing_context):
+def commit_copies(typing_context: Any) -> Typed:
     """``cp.async.commit_group``."""
 
     def generate(context, builder, signature, values):
@@ -352,7 +361,7 @@ def commit_copies(typing_context):
 
 
 @intrinsic
-def wait_copies(typing_context, pending):
+def wait_copies(typing_context: Any, pending: Type) -> Typed:
     """``cp.async.wait_group``, whose number is part of the instruction."""
     if not isinstance(pending, types.IntegerLiteral):
         raise RequireLiteralValue("wait_copies takes a constant")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from minidsv3.gpu.threads import Thread
 
+KERNEL_MATTER = "reductions.py"
+"""In this folder, but part of kernels: device functions, seen line by line."""
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 
 
@@ -81,7 +83,7 @@ class _Ours(dict[str, bool]):
     """Whether a file is the simulator's, looked up once each: every access asks."""
 
     def __missing__(self, file: str) -> bool:
-        self[file] = file.startswith(HERE)
+        self[file] = file.startswith(HERE) and not file.endswith(KERNEL_MATTER)
         return self[file]
 
 
@@ -152,7 +154,7 @@ def raised_at(trace: TracebackType) -> Place:
         code = trace.tb_frame.f_code
         places.append(Place(code.co_name, code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    return [p for p in places if not p.file.startswith(HERE)][-1]
+    return [p for p in places if not ours[p.file]][-1]
 
 
 def report(

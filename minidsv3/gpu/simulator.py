@@ -14,15 +14,21 @@ so the same launch does the same every time. What a GPU lets pass is an error he
 race, even one that happened to end well, an index out of bounds, a barrier that not all
 threads reach, a read of memory that nobody wrote.
 
+It is stricter than CUDA where a learner is better off: a thread that has returned
+counts as missing at a barrier, and a full mask needs all lanes that there are.
+
 Where arithmetic differs from a GPU's: scalars are NumPy's and Python's, so float32
-stays float32 beside a Python float (Numba computes float64), and an int8 does not grow
-beside an int. Shapes of shared and local arrays may be known only at run time, which
-Numba refuses. A thread that spins until another does something spins for ever.
+stays float32 beside a Python float (Numba computes float64), uint32 beside uint32 stays
+and wraps (Numba computes uint64, so ``threadIdx.x - uint32(1)`` is -1 there), and an
+int8 does not grow beside an int. Functions of ``math`` raise where a GPU gives infinity
+or NaN. Shapes of shared and local arrays may be known only at run time, which Numba
+refuses. A thread that spins until another does something spins for ever.
 """
 
 import inspect
 import operator
 import random
+import threading
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
@@ -64,7 +70,10 @@ __all__ = [
     "warp_operation",
 ]
 
-MOST_THREADS = 1024
+MOST_THREADS, MOST_DEEP, MOST_BLOCKS_ACROSS = 1024, 64, 65535
+"""Of a block; of it along z; of a grid along y and z (CUDA C++ Programming Guide)."""
+RUNNING = threading.RLock()
+"""Held while threads run: there is one processor, and `threads.running` has it."""
 Extent = int | tuple[int, ...]
 Order = str | int
 
@@ -129,8 +138,9 @@ def launch(
     kernel's own comes through as it is, with a note on who raised it and where. The
     arrays then hold what was written so far.
     """
-    if running.thread is not None:
-        raise SimulatorError("a kernel cannot launch another one")
+    with RUNNING:  # another host thread's launch ends first
+        if running.thread is not None:
+            raise SimulatorError("a kernel cannot launch another one")
     function = rebound(kernel, numbas(cuda))
     if not isinstance(function, FunctionType):
         raise SimulatorError(f"a kernel is a plain function, not {kernel!r}")
@@ -146,11 +156,7 @@ def launch(
         array=WatchedArray if count or trace else CheckedArray,
         copies=_policy(copies),
     )
-    if run.block.x * run.block.y * run.block.z > MOST_THREADS:
-        raise SimulatorError(
-            f"block is {block}: a block has at most {MOST_THREADS} threads. "
-            "Launch more blocks instead."
-        )
+    _within_limits(run, grid, block)
     checked = _checked(function, args, run)
     run.entry = lambda: function(*checked)
     counts = Counts() if count else None
@@ -158,12 +164,13 @@ def launch(
     if counts or tracer:
         run.watch = Watch(*[each.hear for each in (counts, tracer) if each])
     indices, places = run.block.indices(), run.grid.indices()
-    for index in run.arranged(places):
-        Block(run, index, indices).run()
-        if run.watch:
-            run.watch.end_block()
-        if counts:
-            counts.end_block()
+    with RUNNING:
+        for index in run.arranged(places):
+            Block(run, index, indices).run()
+            if run.watch:
+                run.watch.end_block()
+            if counts:
+                counts.end_block()
     return replace(
         _stats(run, len(places), len(indices)),
         accesses=counts.accesses() if counts else (),
@@ -193,6 +200,26 @@ def _extent(what: str, size: Extent) -> Dim3:
             f"{what} is {size!r}: it must be a positive integer or up to three of them"
         )
     return extent
+
+
+def _within_limits(run: Launch, grid: Extent, block: Extent) -> None:
+    """Raise SimulatorError for a launch that is larger than a GPU takes."""
+    x, y, z = run.block
+    if x * y * z > MOST_THREADS:
+        raise SimulatorError(
+            f"block is {block}: a block has at most {MOST_THREADS} threads. "
+            "Launch more blocks instead."
+        )
+    if z > MOST_DEEP:
+        raise SimulatorError(
+            f"block is {block}: along z a block has at most {MOST_DEEP} threads. Let "
+            "the longest axis be x."
+        )
+    if max(run.grid.y, run.grid.z) > MOST_BLOCKS_ACROSS:
+        raise SimulatorError(
+            f"grid is {grid}: along y and z there are at most "
+            f"{MOST_BLOCKS_ACROSS} blocks. Let the longest axis be x."
+        )
 
 
 def _tracer(run: Launch, trace: Any) -> Tracer:

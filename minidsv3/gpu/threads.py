@@ -227,6 +227,7 @@ class Block:
         self.launch, self.index = launch, index
         self.epoch = 0
         self.shared: dict[Any, Any] = {}
+        self.shared_bytes = 0
         self.threads = [Thread(self, n, i) for n, i in enumerate(indices)]
         starts = range(0, len(indices), WARP_SIZE)
         self.warps = [self.threads[start : start + WARP_SIZE] for start in starts]

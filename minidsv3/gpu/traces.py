@@ -25,7 +25,8 @@ class Step:
     element, within the view that was used. operands: what the lane hands in, for an
     operation of a warp a tuple; after a write or an atomic what is in memory. answers:
     what the lane gets, from an atomic what was there before. An access to several
-    elements has a tuple of values, and the first one's index.
+    elements has a tuple of values, and the first one's index. offsets: how many bytes
+    an access is from the beginning of its array; width: how many it takes.
     """
 
     function: str
@@ -40,6 +41,8 @@ class Step:
     indices: tuple
     operands: tuple
     answers: tuple
+    offsets: tuple = (None,) * WARP_SIZE
+    width: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same in dicts, lists, strings and numbers, see `Trace.as_dict`."""
@@ -135,7 +138,7 @@ def _step(events: list[Event]) -> Step:
     of_lane = {event.thread.lane: event for event in events}
     values = (
         tuple(getattr(of_lane.get(lane), name, None) for lane in range(WARP_SIZE))
-        for name in ("index", "operand", "answer")
+        for name in ("index", "operand", "answer", "offset")
     )
     return Step(
         place.function,
@@ -148,6 +151,7 @@ def _step(events: list[Event]) -> Step:
         turn.mask,
         tuple(of_lane),
         *values,
+        width=turn.width,
     )
 
 

@@ -11,8 +11,9 @@ bytes and begin at such, it is a kernel of `fast_cuda_kernels`, else of
 import math
 
 import torch
-from numpy import float32, uint32
+from numpy import float32, uint32, uint64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minidsv3.gpu.launch import launch
 from minidsv3.primitives import fast_cuda_kernels as fast
@@ -22,12 +23,14 @@ NUMBERS = (torch.float32, torch.bfloat16)
 WARP = 32
 ELEMENTWISE_THREADS = 256
 LOSS_THREADS = 512
-MOST_KEPT = 32
-"""Numbers of its row that a thread keeps, while a block has threads enough."""
-MOST_KEPT_BACKWARD = 16
-"""The same for RMSNorm's gradient, which keeps three rows: two blocks fit an SM."""
-BACKWARD_BLOCKS = 528
-"""Blocks of RMSNorm's gradient, each with a share of dg: four for each of 132 SMs."""
+MOST_KEPT, MOST_KEPT_BACKWARD = 32, 16
+"""Numbers of its row that a thread keeps; the gradient of a norm keeps three rows."""
+MOST_ROW_THREADS = 512
+"""Threads for a row: with 128 registers each they are all that a multiprocessor has."""
+BACKWARD_BLOCKS, BACKWARD_ROWS = 264, 4
+"""Blocks of RMSNorm's gradient at most, and rows of each at least. Every block writes a
+share of dg, a row in float32. Two blocks run at once on each of 132 multiprocessors."""
+Layout = torch.contiguous_format
 
 
 def _numbers(operation: str, **tensors: Tensor) -> None:
@@ -62,14 +65,16 @@ def wide(width: int, *tensors: Tensor) -> bool:
     return width % per_vector(tensors[0]) == 0 and aligned
 
 
-def row_plan(width: int, per: int, kept: int = MOST_KEPT) -> tuple[int, int]:
+def row_plan(width: int, per: int, kept: int = MOST_KEPT) -> tuple[int, int] | None:
     """Threads of a block for a row of this width, and vectors that each keeps.
 
-    Whole warps, of which as few as keep no more than ``kept`` numbers a thread.
+    Whole warps, as few as keep no more than ``kept`` numbers a thread; None for a row
+    that `MOST_ROW_THREADS` cannot keep.
     """
     vectors = width // per
-    warps = math.ceil(vectors / (WARP * kept // per))
-    threads = WARP * min(warps, 1024 // WARP)
+    threads = WARP * math.ceil(vectors / (WARP * kept // per))
+    if threads > MOST_ROW_THREADS:
+        return None
     return threads, math.ceil(vectors / threads)
 
 
@@ -101,10 +106,10 @@ def add_rmsnorm(
 
 def _check_norm(operation: str, x: Tensor, weight: Tensor) -> None:
     _numbers(operation, x=x, weight=weight)
-    if weight.shape != x.shape[-1:]:
+    if weight.shape != x.shape[-1:] or weight.numel() == 0:
         raise ValueError(
-            f"{operation}: weight of shape {tuple(weight.shape)} for rows of "
-            f"{x.shape[-1]}"
+            f"{operation}: x of shape {tuple(x.shape)} needs a weight for each number "
+            f"of its rows and one at least, got {tuple(weight.shape)}"
         )
 
 
@@ -112,15 +117,20 @@ def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+def _like(x: Tensor) -> Tensor:
+    """Room for a result: as the kernels write it, contiguous."""
+    return torch.empty_like(x, memory_format=Layout)
+
+
 @torch.library.custom_op("minidsv3::rmsnorm", mutates_args=())
 def _rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows, and each row's r for the gradient."""
     x, weight, D, rows = x.contiguous(), weight.contiguous(), x.shape[-1], _rows(x)
-    y, r = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    y, r, per = _like(x), x.new_empty(rows, dtype=torch.float32), per_vector(x)
     kernel, threads = plain.rmsnorm_plain, plain.THREADS
-    if wide(D, x, weight, y):
-        threads, vectors = row_plan(D, per_vector(x))
-        kernel = fast.rmsnorm_fast(vectors, per_vector(x))
+    if wide(D, x, weight, y) and (plan := row_plan(D, per)):
+        threads, vectors = plan
+        kernel = fast.rmsnorm_fast(vectors, per)
     numbers = uint32(D), float32(1 / D), float32(eps)
     launch(kernel, rows, threads, x, weight, y, r, *numbers)
     return y, r
@@ -132,13 +142,12 @@ def _add_rmsnorm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, its normalised rows, and each row's r."""
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    D, rows = x.shape[-1], _rows(x)
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    r = x.new_empty(rows, dtype=torch.float32)
+    D, rows, per = x.shape[-1], _rows(x), per_vector(x)
+    total, y, r = _like(x), _like(x), x.new_empty(rows, dtype=torch.float32)
     numbers = uint32(D), float32(1 / D), float32(eps)
-    if wide(D, x, residual, weight, total, y):
-        threads, vectors = row_plan(D, per_vector(x))
-        kernel = fast.add_rmsnorm_fast(vectors, per_vector(x))
+    if wide(D, x, residual, weight, total, y) and (plan := row_plan(D, per)):
+        threads, vectors = plan
+        kernel = fast.add_rmsnorm_fast(vectors, per)
         launch(kernel, rows, threads, x, residual, weight, total, y, r, *numbers)
         return total, y, r
     _elementwise(plain.add_plain, 1, x, residual, total)
@@ -152,14 +161,15 @@ def _rmsnorm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dg. Each block adds up its rows' share of dg, torch adds the blocks."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    D, rows = x.shape[-1], _rows(x)
-    blocks = min(rows, BACKWARD_BLOCKS)
-    dx = torch.empty_like(x)
-    partial = x.new_empty((blocks, D), dtype=torch.float32)
+    D, rows, per = x.shape[-1], _rows(x), per_vector(x)
+    blocks = min(math.ceil(rows / BACKWARD_ROWS), BACKWARD_BLOCKS)
+    dx, partial = _like(x), x.new_empty((blocks, D), dtype=torch.float32)
     kernel, threads = plain.rmsnorm_backward_plain, plain.THREADS
-    if wide(D, x, dy, weight, dx, partial):
-        threads, vectors = row_plan(D, per_vector(x), MOST_KEPT_BACKWARD)
-        kernel = fast.rmsnorm_backward_fast(vectors, per_vector(x))
+    if wide(D, x, dy, weight, dx, partial) and (
+        plan := row_plan(D, per, MOST_KEPT_BACKWARD)
+    ):
+        threads, vectors = plan
+        kernel = fast.rmsnorm_backward_fast(vectors, per)
     numbers = uint32(rows), uint32(D), float32(1 / D)
     launch(kernel, blocks, threads, dy, x, weight, r, dx, partial, *numbers)
     return dx, partial.sum(0).to(weight.dtype)
@@ -167,20 +177,19 @@ def _rmsnorm_backward(
 
 @_rmsnorm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(_rows(x), dtype=torch.float32)
+    return _like(x), x.new_empty(_rows(x), dtype=torch.float32)
 
 
 @_add_rmsnorm.register_fake
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r = x.new_empty(_rows(x), dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x), r
+    return _like(x), _like(x), x.new_empty(_rows(x), dtype=torch.float32)
 
 
 @_rmsnorm_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return _like(x), _like(weight)
 
 
 def _keep_norm(ctx, inputs, output) -> None:
@@ -243,7 +252,7 @@ def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation in place, and the rotation back of the gradient."""
+    """A rotation in place, and the rotation back of a copy of the gradient, once."""
 
     @staticmethod
     def forward(ctx, x: Tensor, turns: Tensor) -> Tensor:
@@ -253,9 +262,10 @@ class _Rotate(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (turns,) = ctx.saved_tensors
-        dx = dy.clone(memory_format=torch.contiguous_format)
+        dx = dy.clone(memory_format=Layout)
         _turn_(dx, turns, -1.0)
         return dx, None
 
@@ -263,15 +273,17 @@ class _Rotate(torch.autograd.Function):
 @torch.library.custom_op("minidsv3::turn_", mutates_args={"x"})
 def _turn_(x: Tensor, turns: Tensor, sign: float) -> None:
     """x (B, T, H, d) in place; turns (T or B T, d_R) of cosines and sines in turn."""
-    (B, T, H, d), d_R = x.shape, turns.shape[-1]
-    kernel, block = plain.rope_plain, plain.THREADS
-    per = per_vector(x)
-    if d % per == 0 and wide(d_R, x, turns):
-        across = d_R // per
-        down = max(1, min(H, ELEMENTWISE_THREADS // across))
-        kernel, block = fast.rope_fast(per), (across, down)
+    (B, T, H, d), d_R, per = x.shape, turns.shape[-1], per_vector(x)
     shape = uint32(H), uint32(d), uint32(d_R), uint32(len(turns))
-    launch(kernel, B * T, block, x, turns, *shape, float32(sign))
+    if d % per or not wide(d_R, x, turns):
+        launch(plain.rope_plain, B * T, plain.THREADS, x, turns, *shape, float32(sign))
+        return
+    across = d_R // per
+    down = max(1, min(H, ELEMENTWISE_THREADS // across))
+    deep = max(1, min(64, ELEMENTWISE_THREADS // (across * down)))  # tokens a block
+    blocks = math.ceil(B * T / deep)
+    given = uint32(B * T), *shape, float32(sign)
+    launch(fast.rope_fast(per), blocks, (across, down, deep), x, turns, *given)
 
 
 # --- SwiGLU -------------------------------------------------------------------------
@@ -292,13 +304,13 @@ def _elementwise(kernel, each: int, *tensors: Tensor) -> None:
     """Launch over all numbers of equal tensors, ``each`` of them a thread."""
     n = tensors[0].numel()
     blocks = math.ceil(n / (each * ELEMENTWISE_THREADS))
-    launch(kernel, blocks, ELEMENTWISE_THREADS, *tensors, uint32(n))
+    launch(kernel, blocks, ELEMENTWISE_THREADS, *tensors, uint64(n))
 
 
 @torch.library.custom_op("minidsv3::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    h = torch.empty_like(gate)
+    h = _like(gate)
     if wide(h.numel(), gate, up, h):
         per = per_vector(h)
         _elementwise(fast.swiglu_fast(per), per, gate, up, h)
@@ -310,7 +322,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("minidsv3::swiglu_backward", mutates_args=())
 def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dgate, dup = _like(gate), _like(up)
     tensors = dh, gate, up, dgate, dup
     if wide(dh.numel(), *tensors):
         per = per_vector(dh)
@@ -322,12 +334,12 @@ def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 @_swiglu.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate)
+    return _like(gate)
 
 
 @_swiglu_backward.register_fake
 def _(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(up)
+    return _like(gate), _like(up)
 
 
 def _keep_swiglu(ctx, inputs, output) -> None:
@@ -350,12 +362,17 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     Shapes: logits (..., V), targets (...) of integers. ``backward()`` writes the
     gradient into the memory of the logits, so there is never a second array of that
     size; whoever reads them afterwards reads the gradient, and a second ``backward()``
-    is refused by torch. A target outside 0 … V-1 gives NaN: on a GPU nobody looks at
-    the targets before. Raises TypeError for other dtypes than float32 and bfloat16,
-    ValueError if the shapes do not fit or there is no target, and for logits that are
-    not contiguous.
+    is refused by torch. A target outside 0 … V-1, like torch's -100, makes the loss and
+    its row of the gradient NaN: on a GPU nobody looks at the targets before. Raises
+    TypeError for other dtypes than float32 and bfloat16 and for targets that are no
+    integers, ValueError if the shapes do not fit or there is no target, for logits that
+    are not contiguous, and for logits that are a leaf, a parameter.
     """
     _numbers("cross_entropy_", logits=logits)
+    if targets.is_floating_point() or targets.is_complex():
+        raise TypeError(
+            f"cross_entropy_: targets are {targets.dtype}; they are ids, integers"
+        )
     if targets.shape != logits.shape[:-1] or targets.numel() == 0:
         raise ValueError(
             f"cross_entropy_: logits of shape {tuple(logits.shape)} need a target for "
@@ -366,8 +383,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
             f"cross_entropy_: logits have strides {logits.stride()}; their gradient "
             "takes their place, so they must be contiguous"
         )
-    losses, _ = _cross_entropy(logits, targets.long())
-    return losses.mean()
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "cross_entropy_: the logits are a leaf that requires a gradient, and that "
+            "would destroy them; give it what a head computes"
+        )
+    return _cross_entropy(logits, targets.long())[0].mean()
 
 
 def _loss_kernel(fast_kernel, plain_kernel, logits: Tensor) -> tuple:
@@ -379,43 +400,48 @@ def _loss_kernel(fast_kernel, plain_kernel, logits: Tensor) -> tuple:
 
 
 @torch.library.custom_op("minidsv3::cross_entropy", mutates_args=())
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row, and its log-sum-exp for the gradient: (...) float32."""
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row, its maximum and its log-sum above that: (...) float32."""
     targets, V, rows = targets.contiguous(), logits.shape[-1], _rows(logits)
-    losses = logits.new_empty(targets.shape, dtype=torch.float32)
-    log_sums = torch.empty_like(losses)
+    losses, highest, log_sums = _each_row(logits), _each_row(logits), _each_row(logits)
     kernel, threads = _loss_kernel(
         fast.cross_entropy_fast, plain.cross_entropy_plain, logits
     )
-    launch(kernel, rows, threads, logits, targets, losses, log_sums, uint32(V))
-    return losses, log_sums
+    given = logits, targets, losses, highest, log_sums
+    launch(kernel, rows, threads, *given, uint32(V))
+    return losses, highest, log_sums
+
+
+def _each_row(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("minidsv3::cross_entropy_backward_", mutates_args={"logits"})
 def _cross_entropy_backward_(
-    logits: Tensor, targets: Tensor, log_sums: Tensor, dlosses: Tensor
+    logits: Tensor, targets: Tensor, highest: Tensor, log_sums: Tensor, dlosses: Tensor
 ) -> None:
     """The gradient takes the place of the logits."""
     kernel, threads = _loss_kernel(
         fast.cross_entropy_backward_fast, plain.cross_entropy_backward_plain, logits
     )
-    given = targets.contiguous(), log_sums, dlosses.contiguous()
+    given = targets.contiguous(), highest, log_sums, dlosses.contiguous()
     launch(kernel, _rows(logits), threads, logits, *given, uint32(logits.shape[-1]))
 
 
 @_cross_entropy.register_fake
-def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty(targets.shape, dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _each_row(logits), _each_row(logits), _each_row(logits)
 
 
 def _keep_loss(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _loss_gradient(ctx, dlosses: Tensor, _dlog_sums: Tensor) -> tuple[Tensor, None]:
-    logits, targets, log_sums = ctx.saved_tensors
-    _cross_entropy_backward_(logits, targets, log_sums, dlosses)
+def _loss_gradient(
+    ctx, dlosses: Tensor, _dhighest: Tensor, _dlog_sums: Tensor
+) -> tuple[Tensor, None]:
+    logits, *rest = ctx.saved_tensors
+    _cross_entropy_backward_(logits, *rest, dlosses)
     return logits, None
 
 

@@ -13,12 +13,20 @@ from typing import Any
 from numpy import float32, uint32, uint64
 
 from minidsv3.gpu.dialect import cuda
-from minidsv3.gpu.intrinsics import LOG2_E, exp2, load1, reciprocal, rsqrt, store1
+from minidsv3.gpu.intrinsics import (
+    LOG2_E,
+    exp2,
+    load1,
+    log2,
+    reciprocal,
+    rsqrt,
+    store1,
+)
 from minidsv3.gpu.reductions import LOWEST
 
 THREADS = 128
 """Threads of a block that works on one row."""
-LN_2 = float32(math.log(2))
+LN_2, NAN = float32(math.log(2)), float32(math.nan)
 
 
 def flat_index() -> uint64:
@@ -84,10 +92,10 @@ def rmsnorm_plain(
         store1(y, row + uint64(i), value * load1(g, uint64(i)))
 
 
-def add_plain(x: Any, residual: Any, total: Any, n: uint32) -> None:
+def add_plain(x: Any, residual: Any, total: Any, n: uint64) -> None:
     """``total = x + residual``, n numbers, a thread each: the add before a norm."""
     i = flat_index()
-    if i < uint64(n):
+    if i < n:
         store1(total, i, load1(x, i) + load1(residual, i))
 
 
@@ -145,38 +153,43 @@ def rope_plain(
 
 
 def sigmoid(a: float32) -> float32:
-    """1 / (1 + exp(-a)); where exp overflows to infinity, its reciprocal is 0."""
+    """1 / (1 + exp(-a)); where exp overflows to infinity, its reciprocal is 0.
+
+    Relative to what is left of it, it loses digits far on the left: 2e-6 at -87.
+    """
     return reciprocal(float32(1) + exp2(-a * LOG2_E))
 
 
-def swiglu_plain(gate: Any, up: Any, h: Any, n: uint32) -> None:
+def swiglu_plain(gate: Any, up: Any, h: Any, n: uint64) -> None:
     """``h = silu(gate) * up``, n numbers, a thread each."""
     i = flat_index()
-    if i < uint64(n):
+    if i < n:
         a = load1(gate, i)
         store1(h, i, a * sigmoid(a) * load1(up, i))
 
 
 def swiglu_backward_plain(
-    dh: Any, gate: Any, up: Any, dgate: Any, dup: Any, n: uint32
+    dh: Any, gate: Any, up: Any, dgate: Any, dup: Any, n: uint64
 ) -> None:
     """``dgate = dh up σ(1 + a(1 - σ))``, ``dup = dh a σ``; n numbers, a thread each."""
     i = flat_index()
-    if i < uint64(n):
+    if i < n:
         a, above = load1(gate, i), load1(dh, i)
         s = sigmoid(a)
         slope = s * (float32(1) + a * (float32(1) - s))
         store1(dgate, i, above * load1(up, i) * slope)
-        store1(dup, i, above * a * s)
+        store1(dup, i, above * (a * s))  # above * a may overflow where s is 0
 
 
 def cross_entropy_plain(
-    logits: Any, targets: Any, losses: Any, log_sums: Any, width: uint32
+    logits: Any, targets: Any, losses: Any, highest: Any, log_sums: Any, width: uint32
 ) -> None:
     r"""`numpy_ref.cross_entropy_forward` of each row, before the mean; a block a row.
 
-    Two readings of the row: its maximum, then the sum of :math:`e^{z-\max}`. losses and
-    log_sums (rows) float32, in nats; a target outside 0 … width-1 gives NaN.
+    Two readings of the row: its maximum m, then the sum of :math:`e^{z-m}`. In nats:
+    losses, highest (m) and log_sums (the sum's logarithm), all (rows) float32. The last
+    two stay apart, for m may be large beside what their sum must not lose. A target
+    outside 0 … width-1 gives NaN.
     """
     scratch = cuda.shared.array(THREADS, float32)
     row = uint64(cuda.blockIdx.x) * uint64(width)
@@ -189,24 +202,30 @@ def cross_entropy_plain(
         total += exp2((load1(logits, row + uint64(i)) - largest) * LOG2_E)
     total = tree_sum(total, scratch)
     if cuda.threadIdx.x == 0:
-        log_sum = largest + math.log(total)
         target = targets[cuda.blockIdx.x]
-        log_sums[cuda.blockIdx.x] = log_sum
-        losses[cuda.blockIdx.x] = float32(math.nan)
+        log_sum = log2(total) * LN_2
+        highest[cuda.blockIdx.x], log_sums[cuda.blockIdx.x] = largest, log_sum
+        loss = NAN
         if 0 <= target < width:
-            z = load1(logits, row + uint64(target))
-            losses[cuda.blockIdx.x] = log_sum - z
+            loss = largest - load1(logits, row + uint64(target)) + log_sum
+        losses[cuda.blockIdx.x] = loss
 
 
 def cross_entropy_backward_plain(
-    logits: Any, targets: Any, log_sums: Any, dlosses: Any, width: uint32
+    logits: Any, targets: Any, highest: Any, log_sums: Any, dlosses: Any, width: uint32
 ) -> None:
-    """``dz = (softmax(z) - onehot) dloss`` in the place of logits; a block a row."""
+    """``dz = (softmax(z) - onehot) dloss`` in the place of z; a block a row.
+
+    A row whose target is outside 0 … width-1 becomes NaN, as its loss was.
+    """
     row = uint64(cuda.blockIdx.x) * uint64(width)
-    log_sum, dloss = log_sums[cuda.blockIdx.x], dlosses[cuda.blockIdx.x]
-    target = targets[cuda.blockIdx.x]
+    largest, log_sum = highest[cuda.blockIdx.x], log_sums[cuda.blockIdx.x]
+    target, dloss = targets[cuda.blockIdx.x], dlosses[cuda.blockIdx.x]
+    if target < 0 or target >= width:
+        dloss = NAN
     for i in range(cuda.threadIdx.x, width, THREADS):
-        p = exp2((load1(logits, row + uint64(i)) - log_sum) * LOG2_E)
+        z = load1(logits, row + uint64(i))
+        p = exp2(((z - largest) - log_sum) * LOG2_E)
         if i == target:
             p -= float32(1)
         store1(logits, row + uint64(i), p * dloss)

@@ -21,6 +21,7 @@ from minidsv3.gpu.intrinsics import (
     ldmatrix4,
     ldmatrix4_transposed,
     load1,
+    log2,
     mma_bf16,
     reciprocal,
     rsqrt,
@@ -42,6 +43,11 @@ CLAIMS = {
         elementwise(exp2),
         "f4[] f4[] i4",
         {**ONE_EACH, "MUFU": 1, "MUFU EX2": 1},
+    ),
+    "log2": (
+        elementwise(log2),
+        "f4[] f4[] i4",
+        {**ONE_EACH, "MUFU": 1, "MUFU LG2": 1},
     ),
     "rsqrt": (
         elementwise(rsqrt),
@@ -71,6 +77,32 @@ CLAIMS = {
         kernels.copied,
         "f4[] u2[] i4",
         {**ONE_EACH, **ROUNDED_ONCE, "STG U16": 1},
+    ),
+    "round_to float32": (kernels.rounded, "f4[] f4[] f4[] i4", ONE_EACH),
+    "round_to bfloat16": (
+        kernels.rounded,
+        "f4[] f4[] u2[] i4",
+        {**ONE_EACH, **ROUNDED_ONCE},
+    ),
+    "load4 float32": (
+        kernels.load_of_four,
+        "f4[] f4[] i4",
+        {"LDG": 1, "LDG 128": 1, "STG": 4, "STG 128": 0},
+    ),
+    "load4 bfloat16": (
+        kernels.load_of_four,
+        "u2[] f4[] i4",
+        {"LDG": 1, "LDG 64": 1, "STG": 4, "STG 128": 0},
+    ),
+    "store4 float32": (
+        kernels.store_of_four,
+        "f4[] f4[] i4",
+        {"LDG": 4, "LDG 128": 0, "STG": 1, "STG 128": 1},
+    ),
+    "store4 bfloat16": (
+        kernels.store_of_four,
+        "f4[] u2[] i4",
+        {"LDG": 4, "F2FP": 2, "F2FP BF16 PACK_AB": 2, "STG": 1, "STG 64": 1},
     ),
     "load8 float32": (
         kernels.wide_load,
@@ -148,7 +180,7 @@ def test_every_intrinsic_has_both_sides_and_a_claim() -> None:
     }
     machine = {n for n, v in vars(ptx).items() if type(v).__name__ == "_Intrinsic"}
     assert twins == machine
-    assert twins <= set(" ".join(CLAIMS).split()) | {"load8", "store8"}
+    assert twins <= set(" ".join(CLAIMS).split())
 
 
 def test_both_sides_take_the_same_arguments() -> None:
@@ -229,20 +261,36 @@ def test_a_wait_names_its_number_of_groups(architecture) -> None:
 # --- what the compiler may do with them ---------------------------------------------
 
 
-def test_what_a_warp_does_together_is_convergent(monkeypatch) -> None:
-    """Else a compiler may move it into a branch that not all lanes take."""
-    said, plain_asm = {}, ptx._asm
+@pytest.fixture
+def said(monkeypatch) -> dict[str, str]:
+    """What LLVM is told of each line of PTX, by the first word of its instruction."""
+    calls, plain_asm = {}, ptx._asm
 
     def spy(builder, result, text, *rest, **options):
         call = plain_asm(builder, result, text, *rest, **options)
-        said[text.split()[0]] = str(call)
+        calls[text.split()[0].split(".")[0]] = str(call)
         return call
 
     monkeypatch.setattr(ptx, "_asm", spy)
+    return calls
+
+
+def test_what_a_warp_does_together_is_convergent(said) -> None:
+    """Else a compiler may move it into a branch that not all lanes take."""
     compiled(kernels.product, "u4[] u4[] f4[]")
-    assert {name.split(".")[0] for name in said} == {"ldmatrix", "mma"}
+    assert set(said) == {"ldmatrix", "mma"}
     for call in said.values():
         assert "asm sideeffect" in call and "convergent" in call
+    assert "~{memory}" in said["ldmatrix"]  # it reads what was stored before
+
+
+def test_copies_stay_where_they_are_and_arithmetic_need_not(said) -> None:
+    compiled(kernels.copied_aside, "u4[] u4[]")
+    assert "asm sideeffect" in said["cp"] and "~{memory}" in said["cp"]
+    compiled(elementwise(exp2), "f4[] f4[] i4")
+    compiled(kernels.packed, "f4[] u4[] i4")
+    for name in ("ex2", "cvt"):
+        assert "sideeffect" not in said[name] and "readnone" in said[name]
 
 
 def dropped(x, y):
