@@ -7,8 +7,9 @@ float32, on the shape of its target. registers, shared (bytes a block) and what 
 loads before it waits are read from the machine code for sm_90a; blocks and occupancy
 follow (`gpu.roofline.occupancy`); under_way is the most bytes that one multiprocessor
 waits for at a time, and reachable the part of an H200's bandwidth that this can fill if
-a load takes `gpu.roofline.LATENCY`, which is an assumption. The floors are the least
-microseconds by bytes, operations and special functions. Nothing is timed.
+a load takes `gpu.roofline.LATENCY`, which is an assumption, and nobody waits for
+stores. The floors are the least microseconds by bytes, operations and special
+functions. Nothing is timed.
 
 Needs the ``cuda`` extra, and no GPU.
 """
@@ -41,14 +42,14 @@ SIZES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 WORDS = {"bfloat16": "u2[]", "float32": "f4[]"}
 SIGNATURES = {
     "rmsnorm": "x x x f4[] u4 f4 f4",
-    "add": "x x x u4",
+    "add": "x x x u8",
     "add_rmsnorm": "x x x x x f4[] u4 f4 f4",
     "rmsnorm_backward": "x x x f4[] x f4[] u4 u4 f4",
     "rope": "x f4[] u4 u4 u4 u4 f4",
-    "swiglu": "x x x u4",
-    "swiglu_backward": "x x x x x u4",
-    "cross_entropy": "x i8[] f4[] f4[] u4",
-    "cross_entropy_backward": "x i8[] f4[] f4[] u4",
+    "swiglu": "x x x u8",
+    "swiglu_backward": "x x x x x u8",
+    "cross_entropy": "x i8[] f4[] f4[] f4[] u4",
+    "cross_entropy_backward": "x i8[] f4[] f4[] f4[] u4",
 }
 SHAPES = {
     **dict.fromkeys(("rmsnorm", "add", "add_rmsnorm"), f"{TOKENS} x {D}"),
@@ -77,6 +78,8 @@ class Case:
     def signature(self) -> str:
         """What `compiled` takes."""
         words = SIGNATURES[self.kernel].split()
+        if (self.kernel, self.how) == ("rope", "fast"):
+            words.insert(2, "u4")  # how many tokens
         return " ".join(WORDS[self.dtype] if w == "x" else w for w in words)
 
     @property
@@ -145,7 +148,8 @@ def row(case: Case, code: Compiled) -> Row:
         "threads": case.threads, "registers": code.registers, "shared": code.shared,
         "blocks": fits.blocks, "occupancy": fits.fraction,
         "limited_by": fits.limited_by,
-        "under_way": under_way, "reachable": reachable(H200, under_way),
+        "under_way": under_way,
+        "reachable": reachable(H200, under_way, loads=case.job.loads),
         "floor_h200_us": 1e6 * here.seconds, "floor_h100_us": 1e6 * there.seconds,
         "bound": here.bound,
     }  # fmt: skip

@@ -95,7 +95,9 @@ def inputs(kernel: str, shape: Sequence[int], dtype: str, device: str) -> Tensor
         given["r"] = (squares + EPS).rsqrt()
     if "logits" in given:
         given["targets"] = torch.randint(shape[-1], shape[:1], device=device)
-        given["log_sums"] = given["logits"].float().logsumexp(-1)
+        given["highest"] = given["logits"].float().amax(-1)
+        log_sums = given["logits"].float().logsumexp(-1)
+        given["log_sums"] = log_sums - given["highest"]
         given["dlosses"] = torch.full(shape[:1], 1 / shape[0], device=device)
     return given
 
@@ -137,7 +139,7 @@ def _swiglu_backward(t: Tensors) -> tuple[Tensor, ...]:
 
 
 def _cross_entropy_backward(t: Tensors) -> tuple[Tensor, ...]:
-    p = (_up(t["logits"]) - t["log_sums"][:, None]).exp()
+    p = (_up(t["logits"]) - (t["highest"] + t["log_sums"])[:, None]).exp()
     word = torch.arange(p.shape[-1], device=p.device)
     p = p - (word == t["targets"][:, None]).to(p.dtype)
     return ((p * t["dlosses"][:, None]).to(t["logits"].dtype),)
@@ -165,7 +167,7 @@ def _turned(t: Tensors) -> tuple[Tensor, ...]:
 
 def _lost(t: Tensors) -> tuple[Tensor, ...]:
     wrappers._cross_entropy_backward_(
-        t["logits"], t["targets"], t["log_sums"], t["dlosses"]
+        t["logits"], t["targets"], t["highest"], t["log_sums"], t["dlosses"]
     )
     return (t["logits"],)
 

@@ -179,13 +179,14 @@ def cross_entropy(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 @triton.jit
 def _cross_entropy_backward(
-    logits, targets, log_sums, dlosses, width, block: tl.constexpr
+    logits, targets, highest, log_sums, dlosses, width, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     here = at < width
     z = tl.load(logits + row * width + at, mask=here, other=0.0).to(tl.float32)
-    p = tl.exp2((z - tl.load(log_sums + row)) * LOG2_E)
+    above = z - tl.load(highest + row) - tl.load(log_sums + row)
+    p = tl.exp2(above * LOG2_E)
     p = tl.where(at == tl.load(targets + row), p - 1, p) * tl.load(dlosses + row)
     tl.store(logits + row * width + at, p.to(logits.dtype.element_ty), mask=here)
 
@@ -194,8 +195,9 @@ def cross_entropy_backward(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
     logits = t["logits"]
     rows, width = logits.shape
     block = min(LOGITS, whole(width))
-    given = logits, t["targets"], t["log_sums"], t["dlosses"], width, block
-    _cross_entropy_backward[(rows, triton.cdiv(width, block))](*given, num_warps=8)
+    each = t["targets"], t["highest"], t["log_sums"], t["dlosses"]
+    grid = rows, triton.cdiv(width, block)
+    _cross_entropy_backward[grid](logits, *each, width, block, num_warps=8)
     return (logits,)
 
 

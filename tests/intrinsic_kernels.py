@@ -17,11 +17,14 @@ from minidsv3.gpu.intrinsics import (
     ldmatrix4,
     ldmatrix4_transposed,
     load1,
+    load4,
     load8,
     low_of,
     mma_bf16,
     pack2,
+    round_to,
     store1,
+    store4,
     store8,
     wait_copies,
 )
@@ -82,6 +85,33 @@ def wide_store(x, y, n):
         store8(y, i, values, 8)
 
 
+def load_of_four(x, y, n):
+    """`wide_load`, of four."""
+    i = 4 * cuda.grid(1)
+    values = cuda.local.array(8, float32)
+    if i < n:
+        load4(x, i, values, 4)
+        for k in range(4):
+            store1(y, i + k, values[4 + k])
+
+
+def store_of_four(x, y, n):
+    """`wide_store`, of four."""
+    i = 4 * cuda.grid(1)
+    values = cuda.local.array(8, float32)
+    if i < n:
+        for k in range(4):
+            values[4 + k] = load1(x, i + k)
+        store4(y, i, values, 4)
+
+
+def rounded(x, y, like, n):
+    """Numbers of x as an array like this one would hold them, and still float32."""
+    i = cuda.grid(1)
+    if i < n:
+        y[i] = round_to(like, x[i])
+
+
 def one_by_one(x, y, n):
     """What `wide_load` and `wide_store` are for, without them."""
     i = 8 * cuda.grid(1)
@@ -112,7 +142,7 @@ def spread(load: Callable[..., tuple]) -> Kernel:
     """Four 8 × 8 matrices, a row in four words of x, to the lanes' words in y."""
 
     def kernel(x, y):
-        tile = cuda.shared.array(128, uint32)
+        tile = cuda.shared.array(128, uint32, alignment=16)
         t = cuda.threadIdx.x
         for k in range(4):
             tile[t + 32 * k] = x[t + 32 * k]
@@ -133,8 +163,8 @@ def product(a, b, d):
     loads of A name the left halves of its rows. B comes by a load of which two matrices
     are rows 0–7 and 8–15 of B, and two are not used.
     """
-    left = cuda.shared.array(128, uint32)
-    right = cuda.shared.array(64, uint32)
+    left = cuda.shared.array(128, uint32, alignment=16)
+    right = cuda.shared.array(64, uint32, alignment=16)
     t = cuda.threadIdx.x
     for k in range(4):
         left[t + 32 * k] = a[t + 32 * k]
@@ -154,7 +184,7 @@ def product(a, b, d):
 
 def copied_aside(x, y):
     """128 words by way of shared memory, past the registers, and turned around."""
-    tile = cuda.shared.array(128, uint32)
+    tile = cuda.shared.array(128, uint32, alignment=16)
     t = cuda.threadIdx.x
     copy_async16(tile, 4 * t, x, 4 * t)
     commit_copies()
@@ -166,7 +196,7 @@ def copied_aside(x, y):
 
 def copied_in_stages(x, y):
     """Two groups of copies; the older is read while the younger may be under way."""
-    tile = cuda.shared.array(256, uint32)
+    tile = cuda.shared.array(256, uint32, alignment=16)
     t = cuda.threadIdx.x
     copy_async16(tile, 4 * t, x, 4 * t)
     commit_copies()

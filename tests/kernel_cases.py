@@ -20,6 +20,7 @@ from tests.kernel_cases_of_elements import (
 from tests.kernel_jobs import (
     BF16,
     F32,
+    PER,
     PLAIN_THREADS,
     SMALLEST,
     Array,
@@ -31,16 +32,21 @@ from tests.kernel_jobs import (
     rounded,
 )
 
-u32, f32 = np.uint32, np.float32
+u32, u64, f32 = np.uint32, np.uint64, np.float32
 
 
 # --- RMSNorm ------------------------------------------------------------------------
 
 
-def row_of(width: int, vectors: int | None, threads: int) -> tuple[str, int]:
+def row_of(width: int, vectors: int | None, threads: int, kind: str) -> tuple[str, int]:
     """How a row is shared out, for people, and the terms that a sum of it adds up."""
-    per_thread = 8 * vectors if vectors else -(-width // threads)
+    per_thread = PER[kind] * vectors if vectors else -(-width // threads)
     return f"width {width} on {threads}", per_thread + 10 + threads // 32
+
+
+def constants_of(vectors: int | None, kind: str) -> tuple[int, ...]:
+    """What a fast kernel is made of; nothing for a plain one."""
+    return (vectors, PER[kind]) if vectors else ()
 
 
 def norm_sum_error(terms: int) -> float:
@@ -57,7 +63,7 @@ def rmsnorm(
     g_kind = g_kind or kind
     g = draw(width, kind=g_kind, seed=1)
     y, (_, _, r) = numpy_ref.rmsnorm_forward(x, g, eps)
-    name, terms = row_of(width, vectors, threads)
+    name, terms = row_of(width, vectors, threads, kind)
     relative = norm_sum_error(terms)
     return Job(
         f"{name} {what} g {g_kind}",
@@ -69,7 +75,7 @@ def rmsnorm(
         (u32(width), f32(1 / width), f32(eps)),
         {"y": y, "r": r},
         {"y": np.abs(y) * (relative + 3 * U) + SMALLEST, "r": r * relative},
-        vectors,
+        constants_of(vectors, kind),
     )  # fmt: skip
 
 
@@ -88,7 +94,8 @@ def add_rmsnorm(
     }  # fmt: skip
     return Job(
         norm.name, "add_rmsnorm_fast", rows, threads, arrays, norm.scalars,
-        {**norm.exact, "total": total}, {**norm.error, "total": 0 * total}, vectors,
+        {**norm.exact, "total": total}, {**norm.error, "total": 0 * total},
+        norm.constants,
     )  # fmt: skip
 
 
@@ -99,7 +106,7 @@ def add(n: int, kind: str = F32) -> Job:
         f"{n} numbers", "add_plain", -(-n // 256), 256,
         {"x": encoded(x, kind), "residual": encoded(residual, kind),
          "total": blank(n, kind)},
-        (u32(n),), {"total": x + residual}, {"total": np.abs(x + residual) * U},
+        (u64(n),), {"total": x + residual}, {"total": np.abs(x + residual) * U},
     )  # fmt: skip
 
 
@@ -119,7 +126,7 @@ def rmsnorm_backward(
         for b in range(blocks)
     ]
     sizes = [np.abs(dy * x * r)[b::blocks].sum(axis=0) for b in range(blocks)]
-    name, terms = row_of(width, vectors, threads)
+    name, terms = row_of(width, vectors, threads, kind)
     dz = np.abs(g * dy)
     dot = np.mean(dz * np.abs(x), axis=-1, keepdims=True) * r**2
     error_dx = r * (4 * dz + np.abs(x) * dot * (terms + 10)) * U + SMALLEST
@@ -135,7 +142,7 @@ def rmsnorm_backward(
         (u32(rows), u32(width), f32(1 / width)),
         {"dx": dx, "partial": np.stack(shares)},
         {"dx": error_dx, "partial": error_dg},
-        vectors,
+        constants_of(vectors, kind),
     )  # fmt: skip
 
 
@@ -143,14 +150,19 @@ def rmsnorm_backward(
 
 
 def norm_cases() -> list[Job]:
-    """A thread has 8 numbers a vector, so 32 reach 256: 248, 256, 264 are its edges."""
+    """Rows of the fast kernels in vectors: 31, 32, 33 are the edges of 32 threads.
+
+    Among them rows of one vector, of fewer than a warp has threads, and such that a
+    thread, or all, have nothing in their second vector or their last.
+    """
     odd = [(1, 1), (2, 7), (2, 127), (1, 128), (2, 129), (1, 300)]
-    rows = [
-        (1, 8, 1, 32), (2, 248, 1, 32), (1, 256, 1, 32), (2, 264, 2, 32),
-        (1, 1016, 4, 32), (1, 1032, 3, 64), (1, 8, 2, 64), (2, 520, 1, 96),
+    in_vectors = [
+        (2, 31, 1, 32), (1, 1, 1, 32), (1, 32, 1, 32), (2, 33, 2, 32),
+        (1, 127, 4, 32), (1, 129, 3, 64), (1, 1, 2, 64), (2, 65, 1, 96),
     ]  # fmt: skip
     found = []
     for kind, other in ((F32, BF16), (BF16, F32)):
+        rows = [(n, PER[kind] * width, *how) for n, width, *how in in_vectors]
         found += [rmsnorm(draw(*shape, kind=kind), kind=kind) for shape in odd]
         for n, width, vectors, threads in rows:
             x = draw(n, width, kind=kind)
@@ -178,13 +190,21 @@ def norm_cases() -> list[Job]:
             found.append(rmsnorm_backward(x, n, vectors, threads, kind))
         found.append(rmsnorm_backward(draw(1, 16, kind=kind), 2, 1, 32, kind))
         found.append(rmsnorm_backward(draw(5, 8, kind=kind), 1, 1, 32, kind))
-    x = draw(1, 264, kind=BF16)  # 32 warps, of which one has work
+        found += of_v3s_width(kind)
+    x = draw(1, 264, kind=BF16)  # 32 warps, of which two have work
     found += [rmsnorm(x, 1, 1024, BF16), add_rmsnorm(x, 1, 1024, BF16)]
     found.append(rmsnorm_backward(x, 1, 1, 1024, BF16))
-    found.append(rmsnorm(draw(1, 7168, kind=BF16), 4, 224, BF16))
-    found.append(add_rmsnorm(draw(1, 7168, kind=BF16), 4, 224, BF16))
-    found.append(rmsnorm_backward(draw(1, 7168, kind=BF16), 1, 4, 224, BF16))
     return found
+
+
+def of_v3s_width(kind: str) -> list[Job]:
+    """A row of V3's 7,168 numbers, on 7 and 14 warps, as the host shares it out."""
+    x, per = draw(1, 7168, kind=kind), PER[kind]
+    forward, backward = (32 // per, 224), (16 // per, 448)
+    return [
+        rmsnorm(x, *forward, kind), add_rmsnorm(x, *forward, kind),
+        rmsnorm_backward(x, 1, *backward, kind),
+    ]  # fmt: skip
 
 
 def all_cases() -> list[Job]:
@@ -197,5 +217,5 @@ def of_v3(kind: str = BF16) -> list[Job]:
     V = 129_280
     return [
         cross_entropy(1, V, 512, kind, online=True),
-        cross_entropy_backward(1, V, 512, kind, wide=True),
+        cross_entropy_backward(1, V, 512, kind, online=True),
     ]

@@ -1,14 +1,17 @@
 """Cases of rotations, SwiGLU and cross-entropy; as in `kernel_cases`."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
+from minidsv3.gpu.reductions import LOWEST
 from minidsv3.primitives import numpy_ref
 from tests.kernel_jobs import (
     BF16,
     F32,
     NAN,
+    PER,
     PLAIN_THREADS,
     SMALLEST,
     Array,
@@ -20,18 +23,23 @@ from tests.kernel_jobs import (
     rounded,
 )
 
-u32, f32 = np.uint32, np.float32
+u32, u64, f32 = np.uint32, np.uint64, np.float32
 
 
 # --- rotary positions ---------------------------------------------------------------
 
 
 def rope(
-    B: int, T: int, heads: int, head: int, d_R: int, block=PLAIN_THREADS,
+    B: int, T: int, heads: int, head: int, d_R: int, down: int = 0, deep: int = 0,
     kind: str = F32, back: bool = False, per_text: bool = False, dead: float = NAN,
     size: float = 1,
 ) -> Job:  # fmt: skip
-    """The last d_R of each head turned, in place; the rest (``dead``) is not ours."""
+    """The last d_R of each head turned, in place; the rest (``dead``) is not ours.
+
+    Fast: by blocks of ``down`` heads and ``deep`` tokens.
+    """
+    per = PER[kind]
+    block = (d_R // per, down, deep) if down else PLAIN_THREADS
     x = np.full((B, T, heads, head), float(dead))
     if dead == dead:
         x[:] = draw(*x.shape, kind=kind)
@@ -55,15 +63,17 @@ def rope(
     way = " back" * back + " per text" * per_text + " dead numbers" * (dead == dead)
     return Job(
         f"x {B, T, heads, head}, d_R {d_R}{way}, block {block}",
-        "rope_plain" if block == PLAIN_THREADS else "rope_fast",
-        B * T,
+        "rope_fast" if down else "rope_plain",
+        -(-B * T // deep) if down else B * T,
         block,
         {"x": encoded(x, kind), "turns": turns.ravel()},
-        (u32(heads), u32(head), u32(d_R), u32(len(turns)), f32(-1 if back else 1)),
+        (*[u32(B * T)] * bool(down), u32(heads), u32(head), u32(d_R), u32(len(turns)),
+         f32(-1 if back else 1)),
         {"x": y},
         {"x": error},
+        (per,) if down else (),
         kept={"x": kept.ravel()},
-    )
+    )  # fmt: skip
 
 
 # --- SwiGLU -------------------------------------------------------------------------
@@ -82,24 +92,29 @@ def sigmoid_error(a: Array, s: Array) -> Array:
     return ((1 - s) * (np.minimum(2 * np.abs(a), 400) + 4) + 5) * U
 
 
-def swiglu(n: int, each: int = 1, threads: int = 256, kind: str = F32) -> Job:
-    """``silu(gate) up`` of n numbers, of which a thread takes one or eight."""
+def swiglu(n: int, threads: int = 256, kind: str = F32, wide: bool = False) -> Job:
+    """``silu(gate) up`` of n numbers, of which a thread takes one or 16 bytes."""
+    each = PER[kind] if wide else 1
     a, b = gates(n, kind), draw(n, kind=kind, seed=1)
     h, s = numpy_ref.silu_forward(a)[0] * b, numpy_ref.sigmoid(a)
     return Job(
         f"{n} numbers in blocks of {threads}",
-        "swiglu_plain" if each == 1 else "swiglu_fast",
+        "swiglu_fast" if wide else "swiglu_plain",
         -(-n // (each * threads)),
         threads,
         {"gate": encoded(a, kind), "up": encoded(b, kind), "h": blank(n, kind)},
-        (u32(n),),
+        (u64(n),),
         {"h": h},
         {"h": np.abs(h) * (sigmoid_error(a, s) + 4 * U) + flushed(a * b, s)},
+        (each,) if wide else (),
     )
 
 
-def swiglu_backward(n: int, each: int = 1, threads: int = 256, kind: str = F32) -> Job:
+def swiglu_backward(
+    n: int, threads: int = 256, kind: str = F32, wide: bool = False
+) -> Job:
     """Its gradient."""
+    each = PER[kind] if wide else 1
     a, b = gates(n, kind), draw(n, kind=kind, seed=1)
     dh = draw(n, kind=kind, seed=2)
     silu, saved = numpy_ref.silu_forward(a)
@@ -109,15 +124,16 @@ def swiglu_backward(n: int, each: int = 1, threads: int = 256, kind: str = F32) 
     slope = s * (1 + np.abs(a) * (1 - s)) * (relative + 5 * U) + s * np.abs(a) * left
     return Job(
         f"{n} numbers in blocks of {threads}",
-        "swiglu_backward_plain" if each == 1 else "swiglu_backward_fast",
+        "swiglu_backward_fast" if wide else "swiglu_backward_plain",
         -(-n // (each * threads)),
         threads,
         {"dh": encoded(dh, kind), "gate": encoded(a, kind), "up": encoded(b, kind),
          "dgate": blank(n, kind), "dup": blank(n, kind)},
-        (u32(n),),
+        (u64(n),),
         {"dgate": dgate, "dup": dh * silu},
         {"dgate": np.abs(dh * b) * slope + flushed(a * b * dh, s),
          "dup": np.abs(dh * silu) * (relative + 3 * U) + flushed(a * dh, s)},
+        (each,) if wide else (),
     )  # fmt: skip
 
 
@@ -146,6 +162,8 @@ def logits(rows: int, width: int, kind: str, what: str) -> Array:
         z = z - np.linspace(-40, 40, width)
     elif what == "far below zero":
         z = z - 20000
+    elif what.startswith("around"):
+        z = z + float(what.removeprefix("around"))
     elif what == "large":
         z = z * 1000
     elif what == "equal":
@@ -165,71 +183,122 @@ def targets_of(rows: int, width: int, what: str) -> Array:
     return np.resize([last, first, middle, max(last - 1, first)], rows).astype(np.int64)
 
 
-def exponent_error(z: Array, terms: int) -> float:
-    """Relative error of a probability: exponents are z log2(e), rounded twice."""
+def coarse_error(z: Array, terms: int) -> float:
+    """Relative error of a probability whose exponent is z log2(e), rounded twice."""
     return (4 * np.abs(z[np.isfinite(z)]).max() + terms + 10) * U
+
+
+def below(z: Array) -> Array:
+    """How far each logit is below its row's largest; 0 for what is infinitely far."""
+    far = z.max(axis=-1, keepdims=True) - z
+    return np.where(np.isfinite(far), far, 0)
+
+
+def log_sum_error(z: Array, log_sums: Array, terms: int) -> Array:
+    """Of the log-sum above the maximum, (rows); an offset of all logits is not in it.
+
+    An exponent is a difference to the maximum, rounded, times a rounded log2(e), and
+    an exp2 has 2^-22; terms are added. The logarithm has 2^-22, too, of itself or of 1.
+    """
+    p = np.exp(z - z.max(axis=-1, keepdims=True) - log_sums[:, None])
+    exponents = (p * (3 * below(z) + 4)).sum(axis=-1)
+    return (exponents + terms + 4 * np.maximum(np.log(2), log_sums) + 2 * log_sums) * U
 
 
 def cross_entropy(
     rows: int, width: int, threads: int = PLAIN_THREADS, kind: str = F32,
     what: str = "normal", online: bool = False,
 ) -> Job:  # fmt: skip
-    """The loss of each row and its log-sum-exp."""
+    """The loss of each row, its maximum, and its log-sum above that."""
     z, t = logits(rows, width, kind, what), targets_of(rows, width, what)
     one = [numpy_ref.cross_entropy_forward(z[n], t[n : n + 1]) for n in range(rows)]
     losses = np.array([loss for loss, _ in one])
-    log_sums = losses + z[np.arange(rows), t]
-    error = np.full(rows, exponent_error(z, -(-width // threads) + threads // 32))
+    log_sums = np.array([saved[1][0] for _, saved in one])
+    highest = z.max(axis=-1)
+    coarse = coarse_error(z, -(-width // threads) + threads // 32)
+    each = PER[kind] if online else 1
+    steps = -(-width // (each * threads))  # online, the sum shrinks once a step
+    terms = steps * (each + 5 * online) + 10 + threads // 32
+    error = log_sum_error(z, log_sums, terms)
+    distance = highest - z[np.arange(rows), t]
+    error_of_losses = error + (distance + np.abs(losses)) * U
     return Job(
         f"{rows} of {width} on {threads}, {what}",
         "cross_entropy_fast" if online else "cross_entropy_plain",
         rows,
         threads,
-        {"logits": encoded(z, kind), "targets": t,
-         "losses": blank(rows, F32), "log_sums": blank(rows, F32)},
+        {"logits": encoded(z, kind), "targets": t, "losses": blank(rows, F32),
+         "highest": blank(rows, F32), "log_sums": blank(rows, F32)},
         (u32(width),),
-        {"losses": losses, "log_sums": log_sums},
-        {"losses": error, "log_sums": error},
-    )  # fmt: skip
-
-
-def no_target(online: bool, kind: str = F32) -> Job:
-    """Targets just outside their rows, and far: NaN, whose log-sum-exp is right."""
-    job = cross_entropy(4, 24, 32 if online else PLAIN_THREADS, kind, online=online)
-    job.arrays["targets"][:] = [-1, 24, 2**32 + 3, -(2**63)]
-    losses = np.full(4, NAN)
-    return Job(
-        "targets outside", job.kernel, 4, job.block, job.arrays, job.scalars,
-        {**job.exact, "losses": losses}, job.error,
+        {"losses": losses, "highest": highest, "log_sums": log_sums},
+        {"losses": np.minimum(error_of_losses, coarse), "highest": 0 * highest,
+         "log_sums": np.minimum(error, coarse)},
+        (PER[kind],) if online else (),
     )  # fmt: skip
 
 
 def cross_entropy_backward(
     rows: int, width: int, threads: int = PLAIN_THREADS, kind: str = F32,
-    what: str = "normal", wide: bool = False,
+    what: str = "normal", online: bool = False,
 ) -> Job:  # fmt: skip
-    """``dz = (p - onehot) dloss`` in the place of z, the log-sum-exp given."""
+    """``dz = (p - onehot) dloss`` in the place of z; maximum and log-sum are given."""
     z, t = logits(rows, width, kind, what), targets_of(rows, width, what)
-    _, saved = numpy_ref.cross_entropy_forward(z, t)
-    log_sums = rounded(saved[1] + z.max(axis=-1), F32)
+    highest = z.max(axis=-1)
+    _, (_, log_sums, *_) = numpy_ref.cross_entropy_forward(z, t)
+    log_sums = rounded(log_sums, F32)
     dlosses = draw(rows)
-    p = np.exp(z - log_sums[:, None])
-    saved = (z, log_sums, t, z.shape)
+    saved = (z - highest[:, None], log_sums, t, z.shape)
     dz = numpy_ref.cross_entropy_backward(rows, saved) * dlosses[:, None]
+    p = np.exp(saved[0] - log_sums[:, None])
     hot = np.zeros(z.shape)
     hot[np.arange(rows), t] = 1
-    error = (p * exponent_error(z, 0) + 2 * U * hot) * np.abs(dlosses[:, None])
+    relative = (4 * (below(z) + log_sums[:, None]) + 5) * U
+    relative = np.minimum(relative, coarse_error(z, 0))
+    error = (p * relative + 2 * U * hot) * np.abs(dlosses[:, None])
     return Job(
         f"{rows} of {width} on {threads}, {what}",
-        "cross_entropy_backward_fast" if wide else "cross_entropy_backward_plain",
+        "cross_entropy_backward_fast" if online else "cross_entropy_backward_plain",
         rows,
         threads,
         {"logits": encoded(z, kind), "targets": t,
-         "log_sums": encoded(log_sums, F32), "dlosses": encoded(dlosses, F32)},
+         "highest": encoded(highest, F32), "log_sums": encoded(log_sums, F32),
+         "dlosses": encoded(dlosses, F32)},
         (u32(width),),
         {"logits": dz},
         {"logits": error + np.abs(dz) * 2 * U + SMALLEST},
+        (PER[kind],) if online else (),
     )  # fmt: skip
+
+
+def no_target(make, online: bool, kind: str) -> Job:
+    """Targets just outside their rows, far, and torch's -100: NaN, and theirs only."""
+    job = make(6, 24, 32 if online else PLAIN_THREADS, kind, online=online)
+    targets = job.arrays["targets"].copy()
+    targets[1:] = [-1, 24, 2**32 + 3, -(2**63), -100]
+    exact = dict(job.exact)
+    result = "losses" if make is cross_entropy else "logits"
+    exact[result] = exact[result].copy()
+    exact[result][1:] = NAN
+    arrays = {**job.arrays, "targets": targets}
+    return replace(job, name="targets outside", arrays=arrays, exact=exact)
+
+
+def nothing_left(make, online: bool, kind: str) -> Job:
+    """The last row is -inf alone: its loss and its gradient are none, as torch's."""
+    job = make(2, 24, 32 if online else PLAIN_THREADS, kind, online=online)
+    arrays, exact = dict(job.arrays), dict(job.exact)
+    z = logits(2, 24, kind, "normal").copy()
+    z[1] = -np.inf
+    arrays["logits"] = encoded(z, kind)
+    row = {"losses": NAN, "highest": float(LOWEST), "log_sums": -np.inf, "logits": NAN}
+    for name, values in row.items():
+        if name in exact:
+            exact[name] = exact[name].copy()
+            exact[name][1] = values
+        elif name in arrays and name != "logits":
+            arrays[name] = arrays[name].copy()
+            arrays[name][1] = values
+    return replace(job, name="a row of -inf", arrays=arrays, exact=exact)
 
 
 # --- the cases ----------------------------------------------------------------------
@@ -244,13 +313,14 @@ def rope_cases() -> list[Job]:
             rope(2, 3, 2, 12, 4, kind=kind, per_text=True, dead=3),
             rope(1, 2, 5, 64, 64, kind=kind, back=True, size=1e20),
             rope(1, 1, 4, 192, 64, kind=kind, dead=3, back=True),
-            rope(1, 1, 1, 8, 8, (1, 1), kind), rope(2, 3, 3, 24, 8, (1, 2), kind),
-            rope(2, 3, 2, 40, 16, (2, 2), kind, per_text=True, dead=3),
-            rope(1, 2, 5, 64, 64, (8, 5), kind, back=True, size=1e20),
-            rope(1, 1, 5, 192, 64, (8, 2), kind, dead=3, back=True),
-            rope(3, 2, 1, 64, 64, (8, 1), kind, per_text=True, size=1e-20),
+            rope(1, 1, 1, 8, 8, 1, 1, kind), rope(2, 3, 3, 24, 8, 2, 1, kind),
+            rope(2, 3, 2, 40, 16, 2, 4, kind, per_text=True, dead=3),
+            rope(1, 2, 5, 64, 64, 5, 1, kind, back=True, size=1e20),
+            rope(1, 1, 5, 192, 64, 2, 2, kind, dead=3, back=True),
+            rope(3, 2, 1, 64, 64, 1, 3, kind, per_text=True, size=1e-20),
+            rope(1, 5, 1, 8, 8, 1, 4, kind, dead=3),
         ]  # fmt: skip
-    found.append(rope(1, 1, 128, 192, 64, (8, 32), BF16))
+    found.append(rope(1, 1, 128, 192, 64, 32, 1, BF16))
     found.append(rope(1, 1, 128, 192, 64, kind=BF16))
     return found
 
@@ -261,25 +331,29 @@ def swiglu_cases() -> list[Job]:
     for kind in (F32, BF16):
         for make in (swiglu, swiglu_backward):
             found += [make(n, kind=kind) for n in (1, 26, 255, 256, 257)]
-            found += [make(n, 8, 32, kind) for n in (8, 248, 256, 264, 520)]
-            found.append(make(2056, 8, 256, kind))
+            for vectors in (31, 1, 32, 33, 65):
+                found.append(make(PER[kind] * vectors, 32, kind, True))
+            found.append(make(PER[kind] * 257, 256, kind, True))
     return found
 
 
 def loss_cases() -> list[Job]:
-    """Words from 1 to V3's; the fast kernels' 32 threads reach 256 at once."""
+    """Words from 1 to V3's; the fast kernels' 32 threads reach 32 vectors at once."""
     found = []
     several = ["rising", "falling", "far below zero", "large", "equal", "masked",
-               "masked before"]  # fmt: skip
+               "masked before", "around 100", "around -1e4", "around 1e4"]  # fmt: skip
     odd = [(1, 1), (2, 7), (3, 127), (1, 128), (2, 129), (1, 300)]
-    wide = [(1, 8, 64), (3, 248, 32), (1, 256, 32), (2, 264, 32), (1, 520, 64),
-            (1, 4104, 512)]  # fmt: skip
+    in_vectors = [(3, 31, 32), (1, 1, 64), (1, 32, 32), (2, 33, 32), (1, 65, 64),
+                  (1, 513, 512)]  # fmt: skip
     for kind in (F32, BF16):
+        wide = [(n, PER[kind] * width, threads) for n, width, threads in in_vectors]
         for make in (cross_entropy, cross_entropy_backward):
             found += [make(*shape, kind=kind) for shape in odd]
             found += [make(2, 260, kind=kind, what=what) for what in several]
             found += [make(*shape, kind, "normal", True) for shape in wide]
             found += [make(2, 1024, 32, kind, what, True) for what in several]
+            for online in (False, True):
+                found += [no_target(make, online, kind)]
+                found += [nothing_left(make, online, kind)]
         found.append(cross_entropy(1, 264, 1024, kind, "normal", True))
-        found += [no_target(False, kind), no_target(True, kind)]
     return found

@@ -37,6 +37,8 @@ SMALLEST = 2.0**-126
 GUARD = 128
 """Elements before and after each array: at least the 256 bytes of an allocation, so
 that the array begins as aligned as one."""
+PER = {F32: 4, BF16: 8}
+"""Numbers in the 16 bytes of a fast kernel's accesses."""
 NOBODYS = {
     np.dtype(np.float32): np.uint32(0x7FC12345),
     np.dtype(np.uint16): np.uint16(0x7FC1),
@@ -105,7 +107,7 @@ def simulated(order: Any) -> Run:
 
 @dataclass(frozen=True)
 class Job:
-    """A launch of the kernel of this name, or of what it makes of ``vectors``.
+    """A launch of the kernel of this name, or of what it makes of some constants.
 
     exact: the results in float64, error: how far from them float32 may be. kept: where
     in a result no bit may change. Arrays that are no results may not change at all.
@@ -119,7 +121,7 @@ class Job:
     scalars: tuple
     exact: dict[str, Array]
     error: dict[str, Array]
-    vectors: int | None = None
+    constants: tuple[int, ...] = ()
     kept: dict[str, Array] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -130,7 +132,7 @@ class Job:
     def function(self, scope: dict) -> Callable[..., None]:
         """The kernel among these."""
         found = scope[self.kernel]
-        return found if self.vectors is None else found(self.vectors)
+        return found(*self.constants) if self.constants else found
 
     def check(self, run: Run, scope: dict = KERNELS, room: int = 0) -> dict[str, Array]:
         """Run it, compare everything, return the results."""

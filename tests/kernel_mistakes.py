@@ -158,38 +158,75 @@ PLAIN_NORM = {
         P, BACK, BACK, Race, ("mine = uint64(cuda.blockIdx.x)", "mine = uint64(0)")),
     "r of the block": (P, BACK, BACK, Numbers, ("r[n]", "r[cuda.blockIdx.x % rows]")),
     "an add without its guard": (
-        P, "add_plain", "add_plain", Bounds, ("if i < uint64(n)", "if True")),
+        P, "add_plain", "add_plain", Bounds, ("if i < n", "if True")),
     "an add of one too many": (
-        P, "add_plain", "add_plain", Bounds, ("i < uint64(n)", "i <= uint64(n)")),
+        P, "add_plain", "add_plain", Bounds, ("i < n", "i <= n")),
 }  # fmt: skip
 
-LOAD = "load8(x, row + uint64(i), kept, 8 * k)"
-GUARDED = "            if i < width:\n                " + LOAD
-ZERO = "        for e in range(kept_size):\n            kept[e] = float32(0)\n"
-ADDED = (
-    "        for e in range(kept_size):\n            kept[e] = other[e] = float32(0)\n"
-)
-GAIN = "load8(g, i, gains, 0)"
-STRIDE = "step = EIGHT * uint32(cuda.blockDim.x)"
-BEGIN = "first = EIGHT * uint32(cuda.threadIdx.x)"
+LOAD = "load(array, row + uint64(i), into, per * k)"
+LAST_VECTOR = "i = min(first + uint32(k) * step, width - uint32(per))"
+BEYOND = "            if first + uint32(k) * step >= width:\n"
+FORGET = "                    into[per * k + e] = float32(0)\n"
+STORE = "            if i < width:\n"
+GAIN = "load_row(g, uint64(0), width, gains)"
+NORMALISED = "kept[e] = kept[e] * scale * gains[e]"
+STEPS = "step = uint32(per) * uint32(cuda.blockDim.x)"
+BEGIN = "first = uint32(per) * uint32(cuda.threadIdx.x)"
 SCRATCH = ("array(32, float32)", "array(31, float32)")
-DG = "dg[at] += up[at] * kept[at] * scale"
+DG = "dg[e] += up[e] * kept[e] * scale"
 DSHARED = "block_sum(dot, scratch) * inverse * scale * scale"
-N, A, B = "rmsnorm_fast", "add_rmsnorm_fast", "rmsnorm_backward_fast"
+N, A, B, M = "rmsnorm_fast", "add_rmsnorm_fast", "rmsnorm_backward_fast", "_row_moves"
+
+
+def in_both(line: str, wrong: str) -> list[tuple[str, str]]:
+    """Another step or beginning where a row is loaded and where it is stored."""
+    loop = "        for k in range(vectors):\n            i = "
+    both = [f"        {STEPS}\n        {BEGIN}\n{loop}{i}" for i in ("min", "first +")]
+    return [(right, right.replace(line, wrong)) for right in both]
+
+
 FAST_NORM = {
-    "dead lanes keep what was there": (F, N, N, Unwritten, (ZERO, "")),
-    "dead lanes keep ones": (F, N, N, Numbers, (ZERO, ZERO.replace("(0)", "(1)"))),
-    "a load without its guard": (
-        F, N, N, Bounds, (GUARDED, GUARDED.replace("i < width", "True"))),
-    "a guard that lets one more in": (
-        F, N, N, Bounds, (GUARDED, GUARDED.replace("<", "<="))),
+    "what lies beyond the row is kept": (
+        F, M, N, Numbers, (BEYOND, "            if False:\n")),
+    "what lies beyond the row is kept: dg and dx": (
+        F, M, B, Numbers, (BEYOND, "            if False:\n")),
+    "beyond the row, ones": (F, M, N, Numbers, (FORGET, FORGET.replace("(0)", "(1)"))),
+    "the last vector forgotten, too": (
+        F, M, N, Numbers,
+        (BEYOND, BEYOND.replace(">= width", ">= width - uint32(per)"))),
+    "only what lies beyond by more than a vector forgotten": (
+        F, M, N, Numbers, (BEYOND, BEYOND.replace(">= width", "> width"))),
+    "only the first number of a vector forgotten": (
+        F, M, N, Numbers,
+        ("                for e in range(per):\n" + FORGET,
+         "                for e in range(1):\n" + FORGET)),
+    "loads beyond the row": (
+        F, M, N, Bounds, (LAST_VECTOR, "i = first + uint32(k) * step")),
+    "the last vector begins at the row's end": (
+        F, M, N, Bounds, (LAST_VECTOR, LAST_VECTOR.replace(" - uint32(per)", ""))),
+    "the last vector begins at the row's last number": (
+        F, M, N, Misaligned, (LAST_VECTOR, LAST_VECTOR.replace("(per))", "(1))"))),
+    "eight numbers a vector, whatever they are": (
+        F, M, N, Bounds, (LOAD, LOAD.replace("per * k", "8 * k"))),
     "every vector kept in the first place": (
-        F, N, N, Numbers, (LOAD, LOAD.replace("8 * k", "0"))),
-    "scratch of 31": (F, N, N, Bounds, SCRATCH),
-    "steps of one warp": (F, N, N, Race, (STRIDE, "step = EIGHT * uint32(32)")),
-    "steps of one number": (F, N, N, Race, (STRIDE, STRIDE.replace("EIGHT * ", ""))),
+        F, M, N, Unwritten, (LOAD, LOAD.replace("per * k", "0"))),
+    "stores beyond the row": (F, M, N, Race, (STORE, "            if True:\n")),
+    "stores of one vector too many": (
+        F, M, N, Race, (STORE, STORE.replace("<", "<="))),
+    "the first vector stored everywhere": (
+        F, M, N, Numbers, ("values, per * k)", "values, 0)")),
+    "steps of one warp": (
+        F, M, N, Race, *in_both(STEPS, "step = uint32(per) * uint32(32)")),
+    "steps of one number": (
+        F, M, N, Race, *in_both(STEPS, "step = uint32(cuda.blockDim.x)")),
+    "steps of four numbers, also where they are eight": (
+        F, M, N, Race, *in_both(STEPS, STEPS.replace("per", "4"))),
     "a thread's vector at its own number": (
-        F, N, N, Misaligned, (BEGIN, BEGIN.replace("EIGHT * ", ""))),
+        F, M, N, Misaligned, *in_both(BEGIN, "first = uint32(cuda.threadIdx.x)")),
+    "rows side by side in the wrong width": (
+        F, N, N, Misaligned, ("uint64(cuda.blockIdx.x) * uint64(width)",
+                              "uint64(cuda.blockIdx.x) * uint64(width - uint32(1))")),
+    "scratch of 31": (F, N, N, Bounds, SCRATCH),
     "a sum, no mean": (F, N, N, Numbers, (SCALED, SCALED.replace("* inverse ", ""))),
     "no eps": (F, N, N, Numbers, (SCALED, SCALED.replace(" + eps", ""))),
     "eps outside": (F, N, N, Numbers, (SCALED, SCALED[:-7] + ") + eps")),
@@ -197,45 +234,60 @@ FAST_NORM = {
         F, N, N, Numbers, ("block_sum(squares, scratch)", "R.warp_sum(squares)")),
     "r written by all": (F, N, N, Race, (FIRST_ONE, "if True:")),
     "the gains of the whole array": (
-        F, N, N, Bounds, (GAIN, "load8(g, row + uint64(i), gains, 0)")),
-    "the first gains for all": (F, N, N, Numbers, (GAIN, "load8(g, 0, gains, 0)")),
-    "the first gain of eight": (F, N, N, Numbers, ("gains[e]", "gains[0]")),
+        F, N, N, Bounds, (GAIN, GAIN.replace("uint64(0)", "row"))),
+    "the first gains for all": (
+        F, N, N, Numbers, (NORMALISED, NORMALISED.replace("gains[e]", "load1(g, e)"))),
+    "the first gain of a thread": (
+        F, N, N, Numbers, (NORMALISED, NORMALISED.replace("gains[e]", "gains[0]"))),
     "the norm of a sum that was not rounded": (
         F, A, A, Numbers,
          ("round_to(total, kept[e] + other[e])", "kept[e] + other[e]")),
     "the norm of x": (
         F, A, A, Numbers, ("squares += kept[e] * kept[e]",
                            "squares += (kept[e] - other[e]) * (kept[e] - other[e])")),
-    "dead lanes keep what was there, added": (F, A, A, Unwritten, (ADDED, "")),
+    "what lies beyond the row is kept, added": (
+        F, M, A, Numbers, (BEYOND, "            if False:\n")),
     "the residual left out": (F, A, A, Numbers, ("kept[e] + other[e]", "kept[e]")),
+    "the residual for the gain": (
+        F, A, A, Numbers, ("        load_row(g, uint64(0), width, other)\n", "")),
     "the norm in total": (
-        F, A, A, Numbers,
-         ("store8(y, row + uint64(i)", "store8(total, row + uint64(i)")),
+        F, A, A, Numbers, ("store_row(y, row", "store_row(total, row")),
+    "total after the norm": (
+        F, A, A, Numbers, ("        store_row(total, row, width, kept)\n", ""),
+        ("        store_row(y, row, width, kept)\n",
+         "        store_row(y, row, width, kept)\n"
+         "        store_row(total, row, width, kept)\n")),
     "scratch of 31, added": (F, A, A, Bounds, SCRATCH),
-    "r not cubed, eight at a time": (F, B, B, Numbers, (DSHARED, DSHARED[:-8])),
-    "no mean in the gradient, eight at a time": (
+    "r not cubed, in vectors": (F, B, B, Numbers, (DSHARED, DSHARED[:-8])),
+    "no mean in the gradient, in vectors": (
         F, B, B, Numbers, (DSHARED, DSHARED.replace("* inverse ", ""))),
-    "dg with the gain, eight at a time": (
+    "dg with the gain, in vectors": (
         F, B, B, Numbers, (DG, DG.replace("scale", "scale * gains[e]"))),
-    "dg without r, eight at a time": (
+    "dg without r, in vectors": (
         F, B, B, Numbers, (DG, DG.replace(" * scale", ""))),
-    "dg of the last row only, eight at a time": (
+    "dg of the last row only, in vectors": (
         F, B, B, Numbers, (DG, DG.replace("+=", "="))),
-    "dg not begun at zero, eight at a time": (
+    "dg not begun at zero, in vectors": (
         F, B, B, Unwritten,
-        ("        for e in range(kept_size):\n            dg[e] = float32(0)\n", "")),
+        ("        for e in range(size):\n            dg[e] = float32(0)\n", "")),
+    "dg begun anew in each row": (
+        F, B, B, Numbers,
+        ("            dot = float32(0)\n            for e in range(size):\n",
+         "            dot = float32(0)\n            for e in range(size):\n"
+         "                dg[e] = float32(0)\n")),
     "the gain twice": (
-        F, B, B, Numbers, ("scale * (up[at] -", "scale * (up[at] * gains[e] -")),
-    "no gain, eight at a time": (
-        F, B, B, Numbers, ("up[at] *= gains[e]", "up[at] *= float32(1)")),
-    "all rows in each block, eight at a time": (
-        F, B, B, Race, (", rows, uint32(cuda.gridDim.x))", ", rows)")),
-    "one share of dg for all, eight at a time": (
-        F, B, B, Race, ("mine = uint64(cuda.blockIdx.x)", "mine = uint64(0)")),
+        F, B, B, Numbers, ("scale * (up[e] -", "scale * (up[e] * gains[e] -")),
+    "no gain, in vectors": (
+        F, B, B, Numbers, ("up[e] *= gains[e]", "up[e] *= float32(1)")),
+    "all rows in each block, in vectors": (
+        F, B, B, Race, ("n += uint32(cuda.gridDim.x)", "n += uint32(1)")),
+    "r of the block, in vectors": (
+        F, B, B, Numbers, ("r[n]", "r[cuda.blockIdx.x % rows]")),
+    "one share of dg for all, in vectors": (
+        F, B, B, Race, ("partial, uint64(cuda.blockIdx.x)", "partial, uint64(0)")),
     "scratch of 31, backward": (F, B, B, Bounds, SCRATCH),
     "no guard at the end": (
-        F, B, B, Bounds, ("            if i < width:\n                store8(partial",
-                          "            if True:\n                store8(partial")),
+        F, M, B, Bounds, (STORE, "            if True:\n")),
 }  # fmt: skip
 
 ROWS = [TREE, REDUCED, PLAIN_NORM, FAST_NORM]

@@ -15,7 +15,7 @@ import pytest
 from minidsv3.gpu import reductions as R
 from tests.kernel_cases import all_cases
 from tests.kernel_jobs import KERNELS, Job, simulated
-from tests.kernel_mistakes import ROWS
+from tests.kernel_mistakes import ROWS, M
 from tests.kernel_mistakes_of_elements import ELEMENTS
 from tests.planting import changed_in
 from tests.reduction_cases import REDUCTIONS, SCOPE, reduction_cases
@@ -52,6 +52,7 @@ def run_all(cases: list[Job], scope: dict) -> None:
 def test_every_kernel_and_reduction_has_mistakes() -> None:
     changed_ones = {row.values[1] for row in MISTAKES}
     functions = {job.kernel for job in all_cases()}
-    helpers = {"tree_sum", "tree_max", "sigmoid", "warp_sum", "warp_max"}
-    assert changed_ones == functions | helpers | {"block_sum", "block_max"}
+    reductions = {"tree_sum", "tree_max", "warp_sum", "warp_max"}
+    reductions |= {"block_sum", "block_max"}
+    assert changed_ones == functions | reductions | {"sigmoid", "flat_index", M}
     assert SCOPE.keys() >= functions

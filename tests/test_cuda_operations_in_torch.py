@@ -25,30 +25,55 @@ from tests.test_torch_model import needs_compiler
 # --- custom operators ---------------------------------------------------------------
 
 
-def operators(dtype: torch.dtype) -> dict:
-    """Each custom operator with arguments, some of which want a gradient."""
+def columns(x: Tensor) -> Tensor:
+    """The same numbers, the last axis not the nearest in memory."""
+    return x.mT.contiguous().mT if x.ndim > 1 else pieces(x)
+
+
+def pieces(x: Tensor) -> Tensor:
+    """The same numbers, as every row's beginning and every second of them."""
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+LAYOUTS = {"contiguous": lambda x: x, "transposed": columns, "sliced": pieces}
+
+
+def operators(dtype: torch.dtype, lie=LAYOUTS["contiguous"]) -> dict:
+    """Each custom operator with arguments, some of which want a gradient.
+
+    What is changed in place, and what another operator has made, is contiguous.
+    """
     x, other = draw(2, 3, 16, dtype=dtype), draw(2, 3, 16, dtype=dtype, seed=1)
-    g, r = draw(16, seed=2), draw(6, seed=3).abs()
+    g, r = lie(draw(16, seed=2)), draw(6, seed=3).abs()
     heads, turns = draw(1, 2, 2, 8, dtype=dtype), draw(2, 8, seed=4)
-    targets, sums = torch.tensor([[1, 2, 3], [0, 15, 7]]), draw(2, 3, seed=5)
-    leaf = x.clone().requires_grad_()
+    targets, sums = lie(torch.tensor([[1, 2, 3], [0, 15, 7]])), draw(2, 3, seed=5)
+    logits, x, other = x.clone(), lie(x), lie(other)
+    leaf, second = x.detach().requires_grad_(), other.detach().requires_grad_()
     return {
-        "_rmsnorm": (leaf, g.clone().requires_grad_(), EPS),
-        "_add_rmsnorm": (leaf, other.clone().requires_grad_(), g, EPS),
+        "_rmsnorm": (leaf, g.detach().requires_grad_(), EPS),
+        "_add_rmsnorm": (leaf, second, g, EPS),
         "_rmsnorm_backward": (x, other, g, r),
         "_turn_": (heads, turns, -1.0),
-        "_swiglu": (leaf, other.clone().requires_grad_()),
+        "_swiglu": (leaf, second),
         "_swiglu_backward": (x, other, other),
-        "_cross_entropy": (leaf, targets),
-        "_cross_entropy_backward_": (x.clone(), targets, sums, sums),
+        "_cross_entropy": (logits.clone().requires_grad_(), targets),
+        "_cross_entropy_backward_": (logits, targets, sums, sums, lie(sums)),
     }
 
 
 @pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", operators(torch.float32))
-def test_opcheck(name, dtype) -> None:
+def test_opcheck(name, layout, dtype) -> None:
     """Schema, autograd registration, fake tensors and dynamic shapes, by torch."""
-    torch.library.opcheck(getattr(ops, name), operators(dtype)[name])
+    arguments = operators(dtype, LAYOUTS[layout])[name]
+    torch.library.opcheck(getattr(ops, name), arguments)
+
+
+def test_the_layouts_are_what_they_are_called() -> None:
+    x = draw(2, 3, 16)
+    assert columns(x).stride() == (48, 1, 3) and torch.equal(columns(x), x)
+    assert pieces(x).stride() == (96, 32, 2) and torch.equal(pieces(x), x)
 
 
 def test_every_operator_is_checked() -> None:
@@ -128,15 +153,25 @@ def test_compiled_like_eager_and_right(name, backend) -> None:
 # --- refusals -----------------------------------------------------------------------
 
 X, G, Z = torch.ones(2, 6), torch.ones(6), torch.ones(2, 3)
-R4 = torch.ones(1, 3, 2, 8)
+R4, IDS = torch.ones(1, 3, 2, 8), torch.zeros(2, dtype=torch.int64)
 REFUSED = {
     "float64": (TypeError, "rmsnorm: x is torch.float64; .*there are numpy_ref",
                 lambda: ops.rmsnorm(X.double(), G, EPS)),
     "weight float16": (TypeError, "rmsnorm: weight is torch.float16",
                        lambda: ops.rmsnorm(X, G.half(), EPS)),
-    "weight too short": (ValueError, r"weight of shape \(5,\) for rows of 6",
+    "weight too short": (ValueError, r"shape \(2, 6\) needs a weight .* got \(5,\)",
                          lambda: ops.rmsnorm(X, G[:5], EPS)),
-    "weight of the columns": (ValueError, r"add_rmsnorm: weight of shape \(6, 1\)",
+    "rows of nothing": (ValueError, r"shape \(2, 0\) needs .* one at least, got \(0,\)",
+                        lambda: ops.rmsnorm(X[:, :0], G[:0], EPS)),
+    "no numbers": (TypeError, "cross_entropy_: targets are torch.complex64",
+                   lambda: ops.cross_entropy_(Z, torch.zeros(2).cfloat())),
+    "targets of numbers": (
+        TypeError, "targets are torch.float32; they are ids, integers",
+        lambda: ops.cross_entropy_(Z, torch.zeros(2))),
+    "logits of a leaf": (
+        ValueError, "the logits are a leaf that requires a gradient",
+        lambda: ops.cross_entropy_(Z.clone().requires_grad_(), IDS)),
+    "weight of the columns": (ValueError, r"add_rmsnorm: x of .* got \(6, 1\)",
                               lambda: ops.add_rmsnorm(X, X, G[:, None], EPS)),
     "residual of one row": (ValueError, r"equal shapes .* x \(2, 6\) .*residual \(6,\)",
                             lambda: ops.add_rmsnorm(X, G, G, EPS)),
@@ -161,14 +196,13 @@ REFUSED = {
                            lambda: ops.rotate_(torch.ones(1, 2, 3, 8).transpose(1, 2),
                                                rotation_of(3, 4))),
     "logits of integers": (TypeError, "cross_entropy_: logits is torch.int64",
-                           lambda: ops.cross_entropy_(Z.long(), torch.zeros(2))),
+                           lambda: ops.cross_entropy_(Z.long(), IDS)),
     "targets too few": (ValueError, r"logits of shape \(2, 3\) need .* got \(1,\)",
-                        lambda: ops.cross_entropy_(Z, torch.zeros(1))),
+                        lambda: ops.cross_entropy_(Z, IDS[:1])),
     "no targets": (ValueError, r"one at least, got \(0,\)",
-                   lambda: ops.cross_entropy_(Z[:0], torch.zeros(0))),
+                   lambda: ops.cross_entropy_(Z[:0], IDS[:0])),
     "logits of a view": (ValueError, r"logits have strides \(1, 2\)",
-                         lambda: ops.cross_entropy_(torch.ones(3, 2).T,
-                                                    torch.zeros(2))),
+                         lambda: ops.cross_entropy_(torch.ones(3, 2).T, IDS)),
 }  # fmt: skip
 
 

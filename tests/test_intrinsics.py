@@ -19,6 +19,7 @@ from minidsv3.gpu.intrinsics import (
     exp2,
     float_of,
     high_of,
+    log2,
     low_of,
     mma_bf16,
     pack2,
@@ -128,6 +129,7 @@ exponents = np.random.default_rng(3).uniform(-125, 127, 20_000).astype(F32)
 both = np.concatenate([positive, -positive])
 FUNCTIONS = {
     "exp2": (exp2, exponents, np.exp2, 2),
+    "log2": (log2, positive, np.log2, 2),
     "rsqrt": (rsqrt, positive, lambda x: 1 / np.sqrt(x), 2),
     "reciprocal": (reciprocal, both, lambda x: 1 / x, 1),
 }
@@ -142,19 +144,33 @@ def test_functions_to_the_last_places(name) -> None:
 
 
 INF, NAN = np.inf, np.nan
+LEAST, TINY = 2.0**-126, 1e-40  # the smallest normal number; one that is not
+LARGEST_TINY = LEAST * (1 - 2.0**-23)
 AT_THE_ENDS = [
-    (exp2, [0.0, -0.0, 1.0, -1.0, 10.0, 127.0, INF, -INF, 128.0, -200.0, NAN],
-     [1.0, 1.0, 2.0, 0.5, 1024.0, 2.0**127, INF, 0.0, INF, 0.0, NAN]),
-    (rsqrt, [1.0, 4.0, 0.0, -0.0, INF, -1.0, NAN],
-     [1.0, 0.5, INF, -INF, 0.0, NAN, NAN]),
-    (reciprocal, [1.0, -4.0, 0.0, -0.0, INF, -INF, NAN],
-     [1.0, -0.25, INF, -INF, 0.0, -0.0, NAN]),
+    (exp2, [0.0, -0.0, 1.0, -1.0, 10.0, 127.0, INF, -INF, 128.0, -200.0, NAN,
+            TINY, -TINY, -126.0, -126.5, -130.0, -149.0],
+     [1.0, 1.0, 2.0, 0.5, 1024.0, 2.0**127, INF, 0.0, INF, 0.0, NAN,
+      1.0, 1.0, LEAST, 0.0, 0.0, 0.0]),
+    (log2, [1.0, 2.0, 0.5, 1024.0, 0.0, -0.0, INF, -INF, -1.0, NAN,
+            TINY, -TINY, LARGEST_TINY, -LARGEST_TINY, LEAST],
+     [0.0, 1.0, -1.0, 10.0, -INF, -INF, INF, NAN, NAN, NAN,
+      -INF, -INF, -INF, -INF, -126.0]),
+    (rsqrt, [1.0, 4.0, 0.0, -0.0, INF, -1.0, NAN,
+             TINY, -TINY, LARGEST_TINY, -LARGEST_TINY, LEAST],
+     [1.0, 0.5, INF, -INF, 0.0, NAN, NAN, INF, -INF, INF, -INF, 2.0**63]),
+    (reciprocal, [1.0, -4.0, 0.0, -0.0, INF, -INF, NAN, TINY, -TINY, LARGEST_TINY,
+                  -LARGEST_TINY, LEAST, 2.0**126, 3e38, -3e38],
+     [1.0, -0.25, INF, -INF, 0.0, -0.0, NAN, INF, -INF, INF,
+      -INF, 2.0**126, LEAST, 0.0, -0.0]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("twin", "x", "expected"), AT_THE_ENDS)
 def test_functions_at_the_ends(twin, x, expected) -> None:
-    """A sign of zero counts: NVIDIA's tables give it."""
+    """A sign of zero counts: NVIDIA's tables give it.
+
+    What is too small to be normal counts as zero and becomes zero, its sign kept: .ftz.
+    """
     x, expected = np.array(x, F32), np.array(expected, F32)
     y = np.zeros_like(x)
     launch(elementwise(twin), 1, 32, x, y, len(x))

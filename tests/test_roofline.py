@@ -1,16 +1,17 @@
 """What a kernel could cost: against figures known by hand, and what kernels ask for.
 
 Occupancies are NVIDIA's: the answers of ``cuda_occupancy.h`` (CUDA 13.0), compiled and
-asked once. Bytes are the simulator's counts, operations are counted while the plain
+asked once. Bytes are the simulator's counts, operations are counted while the
 kernels run. Machine code is in `tests/cuda/test_kernel_code.py`.
 """
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy import float32, uint32
+from numpy import float32, uint32, uint64
 
 from minidsv3.gpu import intrinsics, roofline
 from minidsv3.gpu.roofline import H100, H200, Work, floor, occupancy
@@ -106,6 +107,22 @@ def test_littles_law() -> None:
     assert roofline.reachable(H200, 1e6, 1e-6) == 1
 
 
+def test_nobody_waits_for_a_store() -> None:
+    """Of a copy half is loads: half of the bytes must be under way as loads."""
+    assert roofline.in_flight(H200, 1e-6, loads=0.5) == pytest.approx(16_288, abs=1)
+    assert roofline.reachable(H200, 8_144, 1e-6, loads=0.5) == pytest.approx(
+        0.5, abs=1e-4
+    )
+
+
+def test_shares_of_loads() -> None:
+    """Two of SwiGLU's three arrays, one of a norm's two, all that the loss has."""
+    assert work.swiglu(1000, BFLOAT16).loads == pytest.approx(2 / 3)
+    assert work.add(1000, FLOAT32).loads == pytest.approx(2 / 3)
+    assert work.rmsnorm(10_000, 8, BFLOAT16).loads == pytest.approx(0.5, abs=1e-4)
+    assert work.cross_entropy(8, 1000, BFLOAT16).loads == 1
+
+
 FLOORS = {  # microseconds on an H200, as known before this code
     "RMSNorm": (work.rmsnorm(65_536, 7_168, BFLOAT16), 437),
     "RMSNorm with residual": (work.add_rmsnorm(65_536, 7_168, BFLOAT16), 874),
@@ -174,7 +191,7 @@ def norms(given: Given) -> dict[str, tuple]:
                           work.rmsnorm(**rows, fast=False)),
         "rmsnorm_fast": (fast.rmsnorm_fast(*made), ROWS, 32, forward,
                          work.rmsnorm(**rows)),
-        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint32(n)),
+        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint64(n)),
                       work.add(n, given.size)),
         "add_rmsnorm_fast": (fast.add_rmsnorm_fast(*made), ROWS, 32, added,
                              work.add_rmsnorm(**rows)),
@@ -190,16 +207,17 @@ def norms(given: Given) -> dict[str, tuple]:
 def gates_and_turns(given: Given) -> dict[str, tuple]:
     """The same for SwiGLU and RoPE."""
     per, n, size = given.per, given.n, given.size
-    count, blocks = uint32(n), given.blocks
+    count, blocks = uint64(n), given.blocks
     x = ones(given.dtype, TOKENS * HEADS * ROTARY)
     shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
-    numbers = map(uint32, (HEADS, ROTARY, ROTARY, PERIOD))
-    rope = x, floats(PERIOD * ROTARY), *numbers, float32(1)
+    numbers = *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
+    rope = x, floats(PERIOD * ROTARY), *numbers
+    many = x, floats(PERIOD * ROTARY), uint32(TOKENS), *numbers
     warps = ROTARY // per * 4 // 32
     return {
         "rope_plain": (plain.rope_plain, TOKENS, 128, rope,
                        work.rope(*shape, fast=False)),
-        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), rope,
+        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), many,
                       work.rope(*shape, warps=warps)),
         "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*given.many(3), count),
                          work.swiglu(n, size)),
@@ -219,7 +237,8 @@ def gates_and_turns(given: Given) -> dict[str, tuple]:
 def losses(given: Given) -> dict[str, tuple]:
     """The same for cross-entropy."""
     targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
-    loss, rows = (*given.many(1), targets, *each, uint32(WIDTH)), given.rows
+    loss = *given.many(1), targets, *each, floats(ROWS), uint32(WIDTH)
+    rows = given.rows
     return {
         "cross_entropy_plain": (plain.cross_entropy_plain, ROWS, 128, loss,
                                 work.cross_entropy(**rows, fast=False)),
@@ -322,7 +341,7 @@ def test_one_pass_saves_the_reading_of_the_sum() -> None:
     assert apart - work.add_rmsnorm(8, 1024, 2).bytes == 8192 * 2
 
 
-# --- operations: counted while the plain kernels run --------------------------------
+# --- operations: counted while the kernels run --------------------------------------
 
 DONE: Counter = Counter()
 
@@ -363,19 +382,37 @@ def special(function):
     return counted
 
 
+class Kept(list):
+    """A thread's local array of numbers that count."""
+
+    def __setitem__(self, i, value):
+        super().__setitem__(i, Counted(value))
+
+
 @pytest.fixture
 def counted(monkeypatch) -> None:
-    """The plain kernels, on numbers that count."""
+    """The kernels, on numbers that count."""
     load = intrinsics.load1
     monkeypatch.setattr(plain, "load1", lambda a, i: Counted(load(a, i)))
     for name in ("exp2", "reciprocal"):
-        monkeypatch.setattr(plain, name, special(getattr(intrinsics, name)))
+        counting = special(getattr(intrinsics, name))
+        monkeypatch.setattr(plain, name, counting)
+        monkeypatch.setattr(fast, name, counting, raising=False)
+    local = SimpleNamespace(array=lambda size, _: Kept([Counted(0)] * size))
+    monkeypatch.setattr(fast, "cuda", OtherLocal(local))
 
 
-COUNTED = [
-    "rmsnorm_plain", "add_plain", "rmsnorm_backward_plain", "swiglu_plain",
-    "swiglu_backward_plain", "cross_entropy_plain", "cross_entropy_backward_plain",
-]  # fmt: skip
+class OtherLocal:
+    """The simulator's cuda, but for its local arrays."""
+
+    def __init__(self, local: SimpleNamespace) -> None:
+        self.local = local
+
+    def __getattr__(self, name: str):
+        return getattr(cuda, name)
+
+
+COUNTED = [name for name in NAMES if not name.startswith("rope")]
 
 
 def operations(name: str, width: int, monkeypatch) -> tuple[Counter, Job]:

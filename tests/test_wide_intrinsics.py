@@ -1,4 +1,4 @@
-"""The twins that move eight elements or a matrix at a time, in the simulator."""
+"""The twins that move several elements or a matrix at a time, in the simulator."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,18 @@ from minidsv3.gpu.intrinsics import (
     float_of,
     ldmatrix4,
     ldmatrix4_transposed,
+    load4,
     load8,
+    store4,
+    store8,
 )
-from minidsv3.gpu.simulator import BoundsError, UninitialisedError, cuda, launch
+from minidsv3.gpu.simulator import (
+    AlignmentError,
+    BoundsError,
+    UninitialisedError,
+    cuda,
+    launch,
+)
 from tests import intrinsic_kernels as kernels
 from tests.test_intrinsics import torch_bits, torch_floats, whole_numbers
 
@@ -24,8 +33,9 @@ each_pair = pytest.mark.parametrize(
 @each_pair
 @pytest.mark.parametrize(
     ("kernel", "n", "wide"),
-    [(kernels.copied, 61, 1), (kernels.wide_load, 56, 8), (kernels.wide_store, 56, 8)],
-)
+    [(kernels.copied, 61, 1), (kernels.wide_load, 56, 8), (kernels.wide_store, 56, 8),
+     (kernels.load_of_four, 60, 4), (kernels.store_of_four, 52, 4)],
+)  # fmt: skip
 def test_elements_come_and_go(kernel, n, wide, source, target) -> None:
     """The first n of both arrays' elements, rounded as torch does, and no others."""
     values = np.random.default_rng(2).normal(size=64).astype(F32)
@@ -39,28 +49,65 @@ def test_elements_come_and_go(kernel, n, wide, source, target) -> None:
     assert not y[n:].any()
 
 
-def past_the_end(x, y):
-    values = cuda.local.array(8, F32)
-    load8(x, 8 * cuda.grid(1), values, 0)
-    y[cuda.grid(1)] = values[0]
+def past_the_end(load, n):
+    def kernel(x, y):
+        values = cuda.local.array(n, F32)
+        load(x, n * cuda.grid(1), values, 0)
+        y[cuda.grid(1)] = values[0]
+
+    return kernel
 
 
 @pytest.mark.parametrize("dtype", [F32, U16])
-def test_the_last_of_eight_is_checked_too(dtype) -> None:
+@pytest.mark.parametrize(("load", "n"), [(load4, 4), (load8, 8)])
+def test_the_last_of_several_is_checked_too(load, n, dtype) -> None:
+    kernel = past_the_end(load, n)
+    launch(kernel, 1, 2, np.zeros(2 * n, dtype), np.zeros(2, F32))
     with pytest.raises(BoundsError):
-        launch(past_the_end, 1, 2, np.zeros(15, dtype), np.zeros(2, F32))
+        launch(kernel, 1, 2, np.zeros(2 * n - 1, dtype), np.zeros(2, F32))
 
 
-def half_written(x, y, n):
-    values = cuda.local.array(8, F32)
-    for k in range(4):
-        values[k] = x[k]
-    kernels.store8(y, 0, values, 0)
+def beside(load):
+    def kernel(x, i):
+        load(x, i, cuda.local.array(8, F32), 0)
+
+    return kernel
 
 
-def test_a_store_of_what_nobody_wrote_is_seen() -> None:
+@pytest.mark.parametrize(
+    ("load", "dtype", "good", "bad"),
+    [(load8, U16, 8, 4), (load8, F32, 8, 2), (load4, F32, 4, 2), (load4, U16, 4, 2)],
+)
+def test_an_index_between_multiples_is_seen(load, dtype, good, bad) -> None:
+    launch(beside(load), 1, 1, np.zeros(32, dtype), good)
+    with pytest.raises(AlignmentError):
+        launch(beside(load), 1, 1, np.zeros(32, dtype), bad)
+
+
+@pytest.mark.parametrize("like", [F32, U16])
+def test_rounding_to_an_arrays_numbers_is_storing_and_loading(like) -> None:
+    """Ties and what becomes infinite among them; float32 stays as it is."""
+    x = np.array([1.0, 1.00390625, 1.01171875, 3.4e38, -0.1, 1e-40, 0.0], F32)
+    expected = x if like is F32 else torch_floats(torch_bits(x)).view(F32)
+    y = np.zeros_like(x)
+    launch(kernels.rounded, 1, 7, x, y, np.zeros(1, like), len(x))
+    np.testing.assert_array_equal(y.view(U32), expected.view(U32))
+
+
+def half_written(store, n):
+    def kernel(x, y):
+        values = cuda.local.array(n, F32)
+        for k in range(n // 2):
+            values[k] = x[k]
+        store(y, 0, values, 0)
+
+    return kernel
+
+
+@pytest.mark.parametrize(("store", "n"), [(store4, 4), (store8, 8)])
+def test_a_store_of_what_nobody_wrote_is_seen(store, n) -> None:
     with pytest.raises(UninitialisedError):
-        launch(half_written, 1, 1, np.zeros(8, F32), np.zeros(8, F32), 8)
+        launch(half_written(store, n), 1, 1, np.zeros(8, F32), np.zeros(8, F32))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ Numbers in memory are float32, or bfloat16 kept as its bits in uint16: the upper
 a float32. All arithmetic is in float32. The same kernel serves both, for `load8`,
 `store8`, `load1` and `store1` look at the array's dtype.
 
-The twins differ from a GPU in one thing: its `exp2`, `rsqrt` and `reciprocal` take
-denormal numbers for zero, and the twins do not. No kernel should live on those.
+`exp2`, `log2`, `rsqrt` and `reciprocal` take denormal numbers for zero and give none,
+as a GPU's do; their last digits differ from a GPU's, which only approximates. Other
+arithmetic keeps denormal numbers on both sides.
 """
 
 from typing import Any

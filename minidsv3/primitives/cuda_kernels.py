@@ -165,8 +165,9 @@ def _rmsnorm_backward(
     blocks = min(math.ceil(rows / BACKWARD_ROWS), BACKWARD_BLOCKS)
     dx, partial = _like(x), x.new_empty((blocks, D), dtype=torch.float32)
     kernel, threads = plain.rmsnorm_backward_plain, plain.THREADS
-    plan = row_plan(D, per, MOST_KEPT_BACKWARD)
-    if wide(D, x, dy, weight, dx, partial) and plan:
+    if wide(D, x, dy, weight, dx, partial) and (
+        plan := row_plan(D, per, MOST_KEPT_BACKWARD)
+    ):
         threads, vectors = plan
         kernel = fast.rmsnorm_backward_fast(vectors, per)
     numbers = uint32(rows), uint32(D), float32(1 / D)

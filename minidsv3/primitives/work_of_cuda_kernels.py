@@ -58,6 +58,12 @@ class Job:
         return sum(stream.bytes for stream in self.streams) + self.words
 
     @property
+    def loads(self) -> float:
+        """The share of loads in the bytes of its arrays."""
+        read = sum(stream.bytes for stream in self.streams if stream.kind == "read")
+        return read / sum(stream.bytes for stream in self.streams)
+
+    @property
     def work(self) -> Work:
         """What `gpu.roofline.floor` takes."""
         return Work(self.bytes, self.operations, self.special)
@@ -168,10 +174,10 @@ def swiglu_backward(n: int, size: int) -> Job:
 
 
 def cross_entropy(rows: int, width: int, size: int, fast: bool = True) -> Job:
-    """Cross-entropy: four operations and an exp2 a number; words are three a row.
+    """Cross-entropy: four operations and an exp2 a number; words are four a row.
 
     The plain kernel asks for the logits twice. The fast one adjusts its sum once in 16
-    bytes: two operations and an exp2 more. The logit of the target is asked for once
+    bytes: three operations and an exp2 more. The logit of the target is asked for once
     more, in both.
     """
     n = rows * width
@@ -179,16 +185,16 @@ def cross_entropy(rows: int, width: int, size: int, fast: bool = True) -> Job:
         *_reads(size, logits=(n, 1 if fast else 2)),
         Stream("logits", "read", 0, rows * size, 32 // size),
     )
-    words = rows * (2 * FLOAT32 + INDEX)
+    words = rows * (3 * FLOAT32 + INDEX)
     adjusted = n * size / VECTOR if fast else 0
-    return Job(streams, 4 * n + 2 * adjusted, n + adjusted, words)
+    return Job(streams, 4 * n + 3 * adjusted, n + adjusted, words)
 
 
 def cross_entropy_backward(rows: int, width: int, size: int) -> Job:
-    """Its gradient in place of the logits: three operations and an exp2 a number."""
+    """Its gradient in place of the logits: four operations and an exp2 a number."""
     n = rows * width
     streams = (
         *_reads(size, logits=(n, 1)),
         *_writes(size, logits=n),
     )
-    return Job(streams, 3 * n, n, rows * (2 * FLOAT32 + INDEX))
+    return Job(streams, 4 * n, n, rows * (3 * FLOAT32 + INDEX))

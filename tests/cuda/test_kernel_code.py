@@ -52,17 +52,18 @@ BUDGETS = {  # registers for sm_80 and sm_90a, and blocks that then fit each
     ("cross_entropy_backward", "plain"): ((32, 16), (32, 16)),
     # four turns of a loop at once, each with its addresses: it is there for reading
     ("rmsnorm_backward", "plain"): ((72, 7), (56, 9)),
-    # 32 numbers of the row, and as many again of the other summand; 224 threads
-    ("rmsnorm", "fast"): ((72, 4), (56, 5)),
-    ("add_rmsnorm", "fast", "bfloat16"): ((72, 4), (56, 5)),
-    ("add_rmsnorm", "fast", "float32"): ((72, 4), (80, 3)),  # addresses of 16 loads
-    # three rows of 16 numbers; 448 threads
+    # 32 numbers of the row and 32 of g or of the other summand; 224 threads. In float32
+    # each takes a register, in bfloat16 two share one until they are needed.
+    ("rmsnorm", "fast", "bfloat16"): ((72, 4), (72, 4)),
+    ("rmsnorm", "fast", "float32"): ((128, 2), (128, 2)),
+    ("add_rmsnorm", "fast", "bfloat16"): ((72, 4), (72, 4)),
+    ("add_rmsnorm", "fast", "float32"): ((128, 2), (128, 2)),
+    # three rows of 16 numbers, and 16 of g; 448 threads
     ("rmsnorm_backward", "fast", "bfloat16"): ((72, 2), (72, 2)),
     ("rmsnorm_backward", "fast", "float32"): ((128, 1), (128, 1)),
-    # the turns stay in registers, eight beside bfloat16
-    ("rope", "fast"): ((40, 6), (40, 6)),
+    ("rope", "fast"): ((32, 8), (32, 8)),
     ("swiglu", "fast"): ((32, 8), (32, 8)),
-    ("swiglu_backward", "fast"): ((40, 6), (40, 6)),
+    ("swiglu_backward", "fast"): ((32, 8), (32, 8)),
     ("cross_entropy", "fast"): ((32, 4), (32, 4)),
     ("cross_entropy_backward", "fast"): ((32, 4), (32, 4)),
 }
@@ -110,9 +111,10 @@ def test_what_is_over_the_budget_is_seen(architecture: str) -> None:
     tight = compiled(case.function, case.signature, architecture, max_registers=40)
     assert tight.stack > 0 and tight.spills > 0
     assert compiled(forgets_a_constant, "f4[] f4[] u4", architecture).doubles > 0
-    fast = code_of("rmsnorm-fast-bfloat16", architecture)
-    assert "registers, over 40" in beyond(fast, 224, 40, 7)[0]
-    assert beyond(fast, 224, 61, 4) == ["61 is not the last number with 4 blocks"]
+    fast = code_of("swiglu-fast-bfloat16", architecture)
+    assert beyond(fast, 256, 16, 8)[0].endswith(" registers, over 16")
+    assert beyond(fast, 256, 31, 8) == ["31 is not the last number with 8 blocks"]
+    assert beyond(fast, 256, 40, 7)[0] == "6 blocks at 40 registers, not 7"
 
 
 # --- loads and stores ---------------------------------------------------------------
@@ -149,9 +151,9 @@ def moves(case: predictions.Case) -> Moves:
         "rope": Moves(beside, 0, looped_loads=1, looped_stores=1),
         "swiglu": Moves(2, 1),
         "swiglu_backward": Moves(3, 2),
-        # the target and its logit; log_sum, and the loss or NaN
+        # the target and its logit; the maximum, the sum and the loss
         "cross_entropy": Moves(0, 0, 2, 3, looped_loads=1),
-        "cross_entropy_backward": Moves(0, 0, 3, looped_loads=1, looped_stores=1),
+        "cross_entropy_backward": Moves(0, 0, 4, looped_loads=1, looped_stores=1),
     }[case.kernel]
 
 
@@ -212,8 +214,8 @@ FIRST_WAIT = {  # bytes a thread has under way where it first waits for its row
     ("rmsnorm", "bfloat16"): 64,  # all it keeps: 32 numbers
     ("rmsnorm", "float32"): 128,
     ("add_rmsnorm", "bfloat16"): 128,  # of both summands
-    ("add_rmsnorm", "float32"): 160,  # of 256: registers are needed for the rest
-    ("rmsnorm_backward", "bfloat16"): 68,  # 16 numbers of dy and of x, and r
+    ("add_rmsnorm", "float32"): 48,  # of 256: the compiler saves registers
+    ("rmsnorm_backward", "bfloat16"): 52,  # of 68, 16 numbers of dy and x and one r
     ("rmsnorm_backward", "float32"): 132,
     ("swiglu", "bfloat16"): 32,
     ("swiglu", "float32"): 32,
@@ -243,10 +245,20 @@ def order(code: Compiled, *kinds: str) -> list[tuple[str, int]]:
     return runs
 
 
+def loaded_before_squares(code: Compiled) -> tuple[int, int]:
+    """Loads before the first multiplication, and multiplications for the sum."""
+    runs = order(code, "LDG", "FFMA", "SHFL")
+    before = [kind for kind, _ in runs].index("SHFL")
+    squares = sum(number for kind, number in runs[:before] if kind == "FFMA")
+    return runs[0][1] if runs[0][0] == "LDG" else 0, squares
+
+
 @each_architecture
 def test_rmsnorm_loads_all_then_adds_all(architecture: str) -> None:
+    """Four loads of x at least, before the first of the 32 squares; g may be there."""
     code = code_of("rmsnorm-fast-bfloat16", architecture)
-    assert order(code, "LDG", "FFMA", "SHFL")[:2] == [("LDG", 4), ("FFMA", 32)]
+    loads, squares = loaded_before_squares(code)
+    assert loads >= 4 and squares == 32
 
 
 def waits_for_each(x, g, y, r, width, inverse, eps):
@@ -281,7 +293,7 @@ def test_loads_that_wait_for_each_other_are_seen(architecture: str) -> None:
     signature = CASES["rmsnorm-fast-bfloat16"].signature
     code = compiled(waits_for_each, signature, architecture)
     assert max(loads_under_way(code.sass)) < 64
-    assert order(code, "LDG", "FFMA", "SHFL")[:2] != [("LDG", 4), ("FFMA", 32)]
+    assert loaded_before_squares(code) == (1, 32)
 
 
 # --- special functions, exchanges, barriers -----------------------------------------
@@ -392,7 +404,7 @@ def test_cases_are_launched_as_the_wrappers_launch_them(monkeypatch) -> None:
         targets = torch.zeros(1, dtype=torch.int64)
         wrappers._cross_entropy(logits, targets)
         wrappers._cross_entropy_backward_(
-            logits, targets, torch.zeros(1), torch.zeros(1)
+            logits, targets, *[torch.zeros(1) for _ in range(3)]
         )
     fast = {c.function: c.threads for c in CASES.values() if c.how == "fast"}
     assert seen == fast

@@ -24,9 +24,11 @@ SIGNATURES = [
     (mixed, "f8[] f8 u4[] u4 u4 u8 i4[]"),
     (plain.rmsnorm_plain, "u2[] f4[] u2[] f4[] u4 f4 f4"),
     (plain.rope_plain, "u2[] f4[] u4 u4 u4 u4 f4"),
-    (fast.rmsnorm_backward_fast(2), "f4[] f4[] u2[] f4[] f4[] f4[] u4 u4 f4"),
-    (fast.cross_entropy_fast, "u2[] i8[] f4[] f4[] u4"),
-    (fast.cross_entropy_backward_fast, "f4[] i8[] f4[] f4[] u4"),
+    (fast.rope_fast(8), "u2[] f4[] u4 u4 u4 u4 u4 f4"),
+    (fast.swiglu_fast(4), "f4[] f4[] f4[] u8"),
+    (fast.rmsnorm_backward_fast(2, 4), "f4[] f4[] u2[] f4[] f4[] f4[] u4 u4 f4"),
+    (fast.cross_entropy_fast(8), "u2[] i8[] f4[] f4[] f4[] u4"),
+    (fast.cross_entropy_backward_fast(4), "f4[] i8[] f4[] f4[] f4[] u4"),
 ]
 
 
