@@ -33,7 +33,7 @@ BENCHMARKS := $(wildcard tests/benchmarks/test_*.py)
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help book open test test-cuda grade lab bench check-book lint clean setup lock
+.PHONY: help book open test test-cuda grade lab bench bench-gpu check-book lint clean setup lock
 .PHONY: stale
 
 help: ## List these commands
@@ -72,6 +72,9 @@ lab: $(call where,$(EXERCISES),lab) ## Open the exercises in JupyterLab
 bench: $(call where,$(BENCHMARKS),test) ## Measure how long things take
 	@$(call if_any,$(BENCHMARKS),$(RUN) pytest tests/benchmarks -s $(ARGS),There is \
 	  nothing to measure yet.)
+
+bench-gpu: $(STAMPS)/cuda ## Time the CUDA kernels on an NVIDIA card
+	@$(BIN)/python book/kernel_speed.py $(ARGS)
 
 check-book: $(STAMPS)/test ## Look at every page of the book in headless Chromium
 	@[ -f $(HTML)/index.html ] || $(MAKE) --no-print-directory book
@@ -174,6 +177,7 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(patsubst %,$(STAMPS)/%,book test lab cuda): $(STAMPS)/%: $(STAMPS)/torch \
   pyproject.toml constraints.txt
-	@echo "-- Installing minidsv3 and what 'make $*' needs: a minute or two."
+	@echo "-- Installing minidsv3 and what 'make $(patsubst cuda,test-cuda,$*)' needs:" \
+	  "a minute or two."
 	@$(call install,--constraint constraints.txt --editable ".[$*]")
 	@touch $@

@@ -124,9 +124,12 @@ def norm_backward(
 
 def losses(
     kernel: Callable[..., None], threads: int, z: Array, targets: Array, **how: bool
-) -> tuple[Array, Array, Stats]:
-    """Each row's cross-entropy by a kernel, its log-sum-exp, and the launch."""
-    found, log_sums = np.zeros((2, len(z)), np.float32)
-    arrays = z.ravel(), targets, found, log_sums, np.uint32(z.shape[1])
+) -> tuple[Array, tuple[Array, Array], Stats]:
+    """Each row's cross-entropy by a kernel, what it saves, and the launch.
+
+    Saved are each row's maximum and the logarithm of its sum above that.
+    """
+    found, highest, log_sums = np.zeros((3, len(z)), np.float32)
+    arrays = z.ravel(), targets, found, highest, log_sums, np.uint32(z.shape[1])
     stats = launch(kernel, len(z), threads, *arrays, **how)
-    return found, log_sums, stats
+    return found, (highest, log_sums), stats

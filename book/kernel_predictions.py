@@ -6,8 +6,10 @@
 float32, on the shape of its target. registers, shared (bytes a block) and what a thread
 loads before it waits are read from the machine code for sm_90a; blocks and occupancy
 follow (`gpu.roofline.occupancy`); under_way is the most bytes that one multiprocessor
-waits for at a time. The floors are the least microseconds by bytes, operations and
-special functions. No number in it is a measured time.
+waits for at a time, and reachable the part of an H200's bandwidth that this can fill if
+a load takes `gpu.roofline.LATENCY`, which is an assumption, and nobody waits for
+stores. The floors are the least microseconds by bytes, operations and special
+functions. Nothing is timed.
 
 Needs the ``cuda`` extra, and no GPU.
 """
@@ -21,10 +23,11 @@ from importlib import metadata
 from itertools import product
 
 from rows import Row, write
+from tqdm import tqdm
 
-from minidsv3.gpu.compile import compiled
+from minidsv3.gpu.compile import Compiled, compiled
 from minidsv3.gpu.machine_code import loads_under_way
-from minidsv3.gpu.roofline import H100, H200, floor, occupancy
+from minidsv3.gpu.roofline import H100, H200, floor, occupancy, reachable
 from minidsv3.primitives import cuda_kernels as wrappers
 from minidsv3.primitives import fast_cuda_kernels as fast
 from minidsv3.primitives import plain_cuda_kernels as plain
@@ -39,14 +42,14 @@ SIZES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 WORDS = {"bfloat16": "u2[]", "float32": "f4[]"}
 SIGNATURES = {
     "rmsnorm": "x x x f4[] u4 f4 f4",
-    "add": "x x x u4",
+    "add": "x x x u8",
     "add_rmsnorm": "x x x x x f4[] u4 f4 f4",
     "rmsnorm_backward": "x x x f4[] x f4[] u4 u4 f4",
     "rope": "x f4[] u4 u4 u4 u4 f4",
-    "swiglu": "x x x u4",
-    "swiglu_backward": "x x x x x u4",
-    "cross_entropy": "x i8[] f4[] f4[] u4",
-    "cross_entropy_backward": "x i8[] f4[] f4[] u4",
+    "swiglu": "x x x u8",
+    "swiglu_backward": "x x x x x u8",
+    "cross_entropy": "x i8[] f4[] f4[] f4[] u4",
+    "cross_entropy_backward": "x i8[] f4[] f4[] f4[] u4",
 }
 SHAPES = {
     **dict.fromkeys(("rmsnorm", "add", "add_rmsnorm"), f"{TOKENS} x {D}"),
@@ -75,6 +78,8 @@ class Case:
     def signature(self) -> str:
         """What `compiled` takes."""
         words = SIGNATURES[self.kernel].split()
+        if (self.kernel, self.how) == ("rope", "fast"):
+            words.insert(2, "u4")  # how many tokens
         return " ".join(WORDS[self.dtype] if w == "x" else w for w in words)
 
     @property
@@ -88,15 +93,14 @@ def jobs(size: int, is_fast: bool) -> dict[str, Job]:
     blocks = wrappers.BACKWARD_BLOCKS
     down = wrappers.ELEMENTWISE_THREADS // wrappers.WARP
     turned = (TOKENS, HEADS, ROTARY, TOKENS, size, down, is_fast)
-    loss = (LOSS_ROWS, V, size, is_fast)
     found = {
         "rmsnorm": work.rmsnorm(TOKENS, D, size, is_fast),
         "rmsnorm_backward": work.rmsnorm_backward(TOKENS, D, size, blocks, is_fast),
         "rope": work.rope(*turned),
         "swiglu": work.swiglu(GATED, size),
         "swiglu_backward": work.swiglu_backward(GATED, size),
-        "cross_entropy": work.cross_entropy(*loss),
-        "cross_entropy_backward": work.cross_entropy_backward(*loss),
+        "cross_entropy": work.cross_entropy(LOSS_ROWS, V, size, is_fast),
+        "cross_entropy_backward": work.cross_entropy_backward(LOSS_ROWS, V, size),
     }
     if is_fast:
         return found | {"add_rmsnorm": work.add_rmsnorm(TOKENS, D, size)}
@@ -132,11 +136,10 @@ def _fast(kernel: str, per: int) -> tuple[int, Callable[..., None]]:
     return threads, make(per)
 
 
-def row(case: Case) -> Row:
-    """One line of the table."""
-    code = compiled(case.function, case.signature, "sm_90a")
+def row(case: Case, code: Compiled) -> Row:
+    """One line of the table, from the kernel's machine code for sm_90a."""
     fits = occupancy(H200, code.registers, case.threads, code.shared)
-    loads = max(loads_under_way(code.sass))
+    under_way = fits.blocks * case.threads * max(loads_under_way(code.sass))
     here, there = floor(H200, case.job.work), floor(H100, case.job.work)
     return {
         "kernel": case.kernel, "how": case.how, "dtype": case.dtype,
@@ -145,7 +148,8 @@ def row(case: Case) -> Row:
         "threads": case.threads, "registers": code.registers, "shared": code.shared,
         "blocks": fits.blocks, "occupancy": fits.fraction,
         "limited_by": fits.limited_by,
-        "under_way": fits.blocks * case.threads * loads,
+        "under_way": under_way,
+        "reachable": reachable(H200, under_way, loads=case.job.loads),
         "floor_h200_us": 1e6 * here.seconds, "floor_h100_us": 1e6 * there.seconds,
         "bound": here.bound,
     }  # fmt: skip
@@ -165,7 +169,11 @@ def head() -> list[str]:
 def main() -> None:
     """Compile everything, write the table."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    write("kernel_predictions", [row(case) for case in cases()], head())
+    found = [
+        row(case, compiled(case.function, case.signature, "sm_90a"))
+        for case in tqdm(cases())
+    ]
+    write("kernel_predictions", found, head())
 
 
 if __name__ == "__main__":

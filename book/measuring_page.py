@@ -171,10 +171,10 @@ VERDICT = (
 
 
 def measured() -> dict[tuple, Row]:
-    """Rows of ``kernel_speed.csv`` by kernel, how, dtype; none if nobody measured."""
+    """Rows of ``kernel_speed.csv`` by kernel, arm, dtype; none if nobody measured."""
     if not (RESULTS / "kernel_speed.csv").is_file():
         return {}
-    return {(r["kernel"], r["how"], r["dtype"]): r for r in read("kernel_speed")}
+    return {(r["kernel"], r["arm"], r["dtype"]): r for r in read("kernel_speed")}
 
 
 def heading(rows: dict[tuple, Row]) -> str:

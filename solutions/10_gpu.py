@@ -19,8 +19,9 @@
 # A kernel is a plain function, without a decorator, and returns nothing. Arrays have
 # one axis; the rows of a matrix lie one behind the other. All numbers are float32, all
 # sizes Python integers. Results are compared to four digits: a float32 has seven, and
-# each order of adding costs others of them. Where readings are counted, every `x[i]`
-# that you write is one: keep what you need again in a variable.
+# each order of adding costs others of them. On a GPU a float32 divided by an integer is
+# a float64, and slow: `/ float32(width)`. Where readings are counted, every `x[i]` that
+# you write is one: keep what you need again in a variable.
 #
 # To run a kernel by hand: `launch(axpy, 2, 64, float32(3), x, y, z, len(x))` starts 2
 # blocks of 64 threads on NumPy arrays.
@@ -146,11 +147,11 @@ def statistics(x, mean, variance, width):
     first, own = width * cuda.blockIdx.x, float32(0)
     for i in range(cuda.threadIdx.x, width, cuda.blockDim.x):
         own += x[first + i]
-    center = total(own, scratch) / width
+    center = total(own, scratch) / float32(width)
     own = float32(0)
     for i in range(cuda.threadIdx.x, width, cuda.blockDim.x):
         own += (x[first + i] - center) * (x[first + i] - center)
-    spread = total(own, scratch) / width
+    spread = total(own, scratch) / float32(width)
     if cuda.threadIdx.x == 0:
         mean[cuda.blockIdx.x] = center
         variance[cuda.blockIdx.x] = spread
@@ -215,8 +216,8 @@ def log_sum_exp(x, m, l, rows, width):
 # $$
 #
 # A block takes a row of `width` numbers, W in the formula; `width` need not be a
-# multiple of the number of threads, which itself is a multiple of 32. Read `x` and
-# `residual` once: the second time, what you need is in `total`. `block_sum(value,
+# multiple of the number of threads. Those are a multiple of 32, at most 512. Read `x`
+# and `residual` once: the second time, what you need is in `total`. `block_sum(value,
 # scratch)`, from the first cell, returns the sum over the block to every thread. It
 # must be called by all of them, with `scratch = cuda.shared.array(32, float32)`.
 
@@ -236,7 +237,7 @@ def add_rmsnorm(x, residual, g, total, y, width, eps):
         t = x[row + i] + residual[row + i]
         total[row + i] = t
         squares += t * t
-    scale = 1 / math.sqrt(block_sum(squares, scratch) / width + eps)
+    scale = rsqrt(block_sum(squares, scratch) / float32(width) + eps)
     for i in range(thread, width, cuda.blockDim.x):
         y[row + i] = g[i] * total[row + i] * scale
     ### END SOLUTION

@@ -66,10 +66,8 @@ def reductions(kernel: str, blocks: int, threads: int, shift: float = 0) -> Job:
 def reduction_cases() -> list[Job]:
     """Blocks of one warp to 32, and numbers all on one side of zero."""
     found = [reductions("over_trees", 2, PLAIN_THREADS, shift) for shift in (0, -9)]
-    for shift in (0, -9):
-        found += [reductions("over_warps", 2, 96, shift)]
-        found += [
-            reductions("over_blocks", 1 + (threads < 512), threads, shift)
-            for threads in (32, 64, 96, 256, 512, 992, 1024)
-        ]
+    found += [reductions("over_warps", 2, 96, shift) for shift in (0, -9)]
+    shifts = {32: 0, 64: -9, 96: 0, 256: -9, 992: 9, 1024: 0}
+    for threads, shift in shifts.items():
+        found.append(reductions("over_blocks", 1 + (threads < 512), threads, shift))
     return found

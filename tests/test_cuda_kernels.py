@@ -23,8 +23,8 @@ of 8, so that wide accesses reach them."""
 def check(job: Job, scope: dict = SCOPE) -> None:
     """The right numbers, the same in all orders, and nothing else touched."""
     first = job.check(simulated(ORDERS[0]), scope)
-    large = max(array.size for array in job.arrays.values()) > 2000 or (
-        np.prod(job.block) > 500
+    large = max(array.size for array in job.arrays.values()) > 1000 or (
+        np.prod(job.block) > 200
     )
     for order in ORDERS[1 : 2 if large else 3]:
         other = job.check(simulated(order), scope, room=ROOM)

@@ -215,6 +215,17 @@ def test_cross_entropy(shape, dtype) -> None:
         assert given.grad.abs().max() == 0
 
 
+def test_weights_of_the_losses_may_be_one_number_in_memory() -> None:
+    """The gradient of a sum is an expanded 1, and targets may be a column."""
+    z, targets = draw(3, 8), torch.tensor([[1, 0], [7, 0], [2, 0]])[:, 0]
+    exact = z.double().requires_grad_()
+    F.cross_entropy(exact, targets, reduction="sum").backward()
+    given = z.clone().requires_grad_()
+    losses, *_ = ops._cross_entropy(given, targets)
+    losses.sum().backward()
+    assert_close(given.grad, exact.grad)
+
+
 # --- the logits' memory -------------------------------------------------------------
 
 

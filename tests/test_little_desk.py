@@ -37,6 +37,7 @@ CASES = [  # registers, threads, shared (bytes), asked, latency (ns), machine, r
     (24, 128, 512, 8, 700, 0, 1 / 2),
     (32, 1024, 0, 16, 710, 1, 1),
     (40, 96, 227 * 1024, 32, 900, 0, 2 / 3),  # one block for its shared memory
+    (16, 32, 12 * 1024, 8, 700, 0, 1),  # the system's kilobyte decides
     (64, 160, 7 * 1024, 16, 450, 0, 1),
     (33, 736, 3968, 4, 1000, 1, 1 / 2),
 ]

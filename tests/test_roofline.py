@@ -1,12 +1,13 @@
 """What a kernel could cost: against figures known by hand, and what kernels ask for.
 
 Occupancies are NVIDIA's: the answers of ``cuda_occupancy.h`` (CUDA 13.0), compiled and
-asked once. Bytes are the simulator's counts, operations are counted while the plain
+asked once. Bytes are the simulator's counts, operations are counted while the
 kernels run. Machine code is in `tests/cuda/test_kernel_code.py`.
 """
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,117 +140,108 @@ def floats(n: int) -> np.ndarray:
     return np.ones(n, np.float32)
 
 
-def many(dtype: str, arrays: int) -> list[np.ndarray]:
-    return [ones(dtype, ROWS * WIDTH) for _ in range(arrays)]
+class Given:
+    """Arguments of the kernels, all ones, in one dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype, (_, self.size) = dtype, KINDS[dtype]
+        self.per, self.n = 16 // self.size, ROWS * WIDTH
+        self.vectors = WIDTH // (32 * self.per)
+        self.blocks = self.n // (32 * self.per)
+        self.rows = {"rows": ROWS, "width": WIDTH, "size": self.size}
+        self.row = ones(dtype, WIDTH)
+
+    def many(self, how_many: int) -> list[np.ndarray]:
+        return [ones(self.dtype, self.n) for _ in range(how_many)]
 
 
-def norms(dtype: str) -> dict[str, tuple]:
+def norms(given: Given) -> dict[str, tuple]:
     """Kernel, grid, block and arguments, and the job that it should be."""
-    size = KINDS[dtype][1]
-    per = 16 // size
-    made = WIDTH // (32 * per), per
+    made, rows, many, n = (given.vectors, given.per), given.rows, given.many, given.n
     norm = uint32(WIDTH), float32(1 / WIDTH)
-    row, r = ones(dtype, WIDTH), floats(ROWS)
-    forward = *many(dtype, 1), row, *many(dtype, 1), r, *norm, float32(0)
-    added = *many(dtype, 2), row, *many(dtype, 2), r, *norm, float32(0)
-    back = [*many(dtype, 2), row, r, *many(dtype, 1), floats(2 * WIDTH)]
-    back += [uint32(ROWS), *norm]
-    rows = {"rows": ROWS, "width": WIDTH, "size": size}
+    forward = *many(1), given.row, *many(1), floats(ROWS), *norm, float32(0)
+    added = *many(2), given.row, *many(2), floats(ROWS), *norm, float32(0)
+    back = (
+        *many(2),
+        given.row,
+        floats(ROWS),
+        *many(1),
+        floats(2 * WIDTH),
+        uint32(ROWS),
+        *norm,
+    )
     return {
-        "rmsnorm_plain": (
-            plain.rmsnorm_plain, ROWS, 128, forward, work.rmsnorm(**rows, fast=False)
-        ),
-        "rmsnorm_fast": (
-            fast.rmsnorm_fast(*made), ROWS, 32, forward, work.rmsnorm(**rows)
-        ),
-        "add_rmsnorm_fast": (
-            fast.add_rmsnorm_fast(*made), ROWS, 32, added, work.add_rmsnorm(**rows)
-        ),
+        "rmsnorm_plain": (plain.rmsnorm_plain, ROWS, 128, forward,
+                          work.rmsnorm(**rows, fast=False)),
+        "rmsnorm_fast": (fast.rmsnorm_fast(*made), ROWS, 32, forward,
+                         work.rmsnorm(**rows)),
+        "add_plain": (plain.add_plain, n // 256, 256, (*many(3), uint64(n)),
+                      work.add(n, given.size)),
+        "add_rmsnorm_fast": (fast.add_rmsnorm_fast(*made), ROWS, 32, added,
+                             work.add_rmsnorm(**rows)),
         "rmsnorm_backward_plain": (
             plain.rmsnorm_backward_plain, 2, 128, back,
             work.rmsnorm_backward(**rows, blocks=2, fast=False),
         ),
-        "rmsnorm_backward_fast": (
-            fast.rmsnorm_backward_fast(*made), 2, 32, back,
-            work.rmsnorm_backward(**rows, blocks=2),
-        ),
+        "rmsnorm_backward_fast": (fast.rmsnorm_backward_fast(*made), 2, 32, back,
+                                  work.rmsnorm_backward(**rows, blocks=2)),
     }  # fmt: skip
 
 
-def losses(dtype: str) -> dict[str, tuple]:
-    """As `norms`."""
-    size = KINDS[dtype][1]
-    per = 16 // size
-    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(3)]
-    loss = *many(dtype, 1), targets, *each, uint32(WIDTH)
-    rows = {"rows": ROWS, "width": WIDTH, "size": size}
-    return {
-        "cross_entropy_plain": (
-            plain.cross_entropy_plain, ROWS, 128, loss,
-            work.cross_entropy(**rows, fast=False),
-        ),
-        "cross_entropy_fast": (
-            fast.cross_entropy_fast(per), ROWS, 32, loss, work.cross_entropy(**rows)
-        ),
-        "cross_entropy_backward_plain": (
-            plain.cross_entropy_backward_plain, ROWS, 128, loss,
-            work.cross_entropy_backward(**rows, fast=False),
-        ),
-        "cross_entropy_backward_fast": (
-            fast.cross_entropy_backward_fast(per), ROWS, 32, loss,
-            work.cross_entropy_backward(**rows),
-        ),
-    }  # fmt: skip
-
-
-def rotations(dtype: str) -> dict[str, tuple]:
-    """As `norms`; the fast kernel's blocks take two tokens."""
-    size = KINDS[dtype][1]
-    across = ROTARY * size // 16
-    arrays = ones(dtype, TOKENS * HEADS * ROTARY), floats(PERIOD * ROTARY)
-    rest = *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
+def gates_and_turns(given: Given) -> dict[str, tuple]:
+    """The same for SwiGLU and RoPE."""
+    per, n, size = given.per, given.n, given.size
+    count, blocks = uint64(n), given.blocks
+    x = ones(given.dtype, TOKENS * HEADS * ROTARY)
     shape = (TOKENS, HEADS, ROTARY, PERIOD, size)
+    numbers = *map(uint32, (HEADS, ROTARY, ROTARY, PERIOD)), float32(1)
+    rope = x, floats(PERIOD * ROTARY), *numbers
+    many = x, floats(PERIOD * ROTARY), uint32(TOKENS), *numbers
+    warps = ROTARY // per * 4 // 32
     return {
-        "rope_plain": (
-            plain.rope_plain, TOKENS, 128, (*arrays, *rest),
-            work.rope(*shape, fast=False),
-        ),
-        "rope_fast": (
-            fast.rope_fast(16 // size), TOKENS // 2, (across, 4, 2),
-            (*arrays, uint32(TOKENS), *rest),
-            work.rope(*shape, warps=across * 4 // 32),
-        ),
-    }  # fmt: skip
-
-
-def each_number(dtype: str) -> dict[str, tuple]:
-    """As `norms`."""
-    size, n = KINDS[dtype][1], ROWS * WIDTH
-    per = 16 // size
-    three, five = [(*many(dtype, arrays), uint64(n)) for arrays in (3, 5)]
-    one_each, vector_each = (n // 256, 256), (n // (32 * per), 32)
-    return {
-        "add_plain": (plain.add_plain, *one_each, three, work.add(n, size)),
-        "swiglu_plain": (
-            plain.swiglu_plain, *one_each, three, work.swiglu(n, size, False)
-        ),
-        "swiglu_fast": (
-            fast.swiglu_fast(per), *vector_each, three, work.swiglu(n, size)
-        ),
+        "rope_plain": (plain.rope_plain, TOKENS, 128, rope,
+                       work.rope(*shape, fast=False)),
+        "rope_fast": (fast.rope_fast(per), TOKENS, (ROTARY // per, 4), many,
+                      work.rope(*shape, warps=warps)),
+        "swiglu_plain": (plain.swiglu_plain, n // 256, 256, (*given.many(3), count),
+                         work.swiglu(n, size)),
+        "swiglu_fast": (fast.swiglu_fast(per), blocks, 32, (*given.many(3), count),
+                        work.swiglu(n, size)),
         "swiglu_backward_plain": (
-            plain.swiglu_backward_plain, *one_each, five,
-            work.swiglu_backward(n, size, False),
+            plain.swiglu_backward_plain, n // 256, 256, (*given.many(5), count),
+            work.swiglu_backward(n, size),
         ),
         "swiglu_backward_fast": (
-            fast.swiglu_backward_fast(per), *vector_each, five,
+            fast.swiglu_backward_fast(per), blocks, 32, (*given.many(5), count),
             work.swiglu_backward(n, size),
         ),
     }  # fmt: skip
 
 
+def losses(given: Given) -> dict[str, tuple]:
+    """The same for cross-entropy."""
+    targets, each = np.zeros(ROWS, np.int64), [floats(ROWS) for _ in range(2)]
+    loss = *given.many(1), targets, *each, floats(ROWS), uint32(WIDTH)
+    rows = given.rows
+    return {
+        "cross_entropy_plain": (plain.cross_entropy_plain, ROWS, 128, loss,
+                                work.cross_entropy(**rows, fast=False)),
+        "cross_entropy_fast": (fast.cross_entropy_fast(given.per), ROWS, 32, loss,
+                               work.cross_entropy(**rows)),
+        "cross_entropy_backward_plain": (
+            plain.cross_entropy_backward_plain, ROWS, 128, loss,
+            work.cross_entropy_backward(**rows),
+        ),
+        "cross_entropy_backward_fast": (
+            fast.cross_entropy_backward_fast(given.per), ROWS, 32, loss,
+            work.cross_entropy_backward(**rows),
+        ),
+    }  # fmt: skip
+
+
 def cases(dtype: str) -> dict[str, tuple]:
-    """Every kernel, how it is launched, and its job."""
-    return norms(dtype) | losses(dtype) | rotations(dtype) | each_number(dtype)
+    given = Given(dtype)
+    return norms(given) | gates_and_turns(given) | losses(given)
 
 
 NAMES = list(cases("float32"))
@@ -333,7 +325,7 @@ def test_one_pass_saves_the_reading_of_the_sum() -> None:
     assert apart - work.add_rmsnorm(8, 1024, 2).bytes == 8192 * 2
 
 
-# --- operations: counted while the plain kernels run --------------------------------
+# --- operations: counted while the kernels run --------------------------------------
 
 DONE: Counter = Counter()
 
@@ -374,19 +366,37 @@ def special(function):
     return counted
 
 
+class Kept(list):
+    """A thread's local array of numbers that count."""
+
+    def __setitem__(self, i, value):
+        super().__setitem__(i, Counted(value))
+
+
 @pytest.fixture
 def counted(monkeypatch) -> None:
-    """The plain kernels, on numbers that count."""
+    """The kernels, on numbers that count."""
     load = intrinsics.load1
     monkeypatch.setattr(plain, "load1", lambda a, i: Counted(load(a, i)))
     for name in ("exp2", "reciprocal"):
-        monkeypatch.setattr(plain, name, special(getattr(intrinsics, name)))
+        counting = special(getattr(intrinsics, name))
+        monkeypatch.setattr(plain, name, counting)
+        monkeypatch.setattr(fast, name, counting, raising=False)
+    local = SimpleNamespace(array=lambda size, _: Kept([Counted(0)] * size))
+    monkeypatch.setattr(fast, "cuda", OtherLocal(local))
 
 
-COUNTED = [
-    "rmsnorm_plain", "add_plain", "rmsnorm_backward_plain", "swiglu_plain",
-    "swiglu_backward_plain", "cross_entropy_plain", "cross_entropy_backward_plain",
-]  # fmt: skip
+class OtherLocal:
+    """The simulator's cuda, but for its local arrays."""
+
+    def __init__(self, local: SimpleNamespace) -> None:
+        self.local = local
+
+    def __getattr__(self, name: str):
+        return getattr(cuda, name)
+
+
+COUNTED = [name for name in NAMES if not name.startswith("rope")]
 
 
 def operations(name: str, width: int, monkeypatch) -> tuple[Counter, Job]:

@@ -321,11 +321,7 @@ def test_what_is_not_there_yet_is_said(clone, target):
 def test_cuda_tests_are_run_by_name_only(tmp_path):
     """Nobody without the cuda extra meets them, not even as skipped."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for name in (
-        "tests/test_a.py",
-        "tests/cuda/test_b.py",
-        "tests/benchmarks/test_c.py",
-    ):
+    for name in ("test_a.py", "cuda/test_b.py", "benchmarks/test_c.py"):
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / name).write_text("def test_it(): pass\n")
 

@@ -32,7 +32,7 @@ def expected(x, residual, g, total, y, width, eps):
 
 SUM = "t = x[row + i] + residual[row + i]"
 SQUARES = "squares += t * t"
-SCALE = "scale = 1 / math.sqrt(block_sum(squares, scratch) / width + eps)"
+SCALE = "scale = rsqrt(block_sum(squares, scratch) / float32(width) + eps)"
 KEPT = "total[row + i] = t"
 RESULT = "y[row + i] = g[i] * total[row + i] * scale"
 FIRST = "for i in range(thread, width, cuda.blockDim.x):\n        t = "
@@ -56,7 +56,7 @@ ADD_RMSNORM = Check(
         "First loop: the sum, kept in `total[row + i]`, and its square added to a "
         "number of the thread's own. Then `block_sum(squares, scratch)`, called by all "
         "threads, is the sum of squares over the row.",
-        "`scale = 1 / math.sqrt(block_sum(squares, scratch) / width + eps)`, and in "
+        "`scale = rsqrt(block_sum(squares, scratch) / float32(width) + eps)`, and in "
         "the second loop `y[row + i] = g[i] * total[row + i] * scale`.",
     ),
     wrong=(

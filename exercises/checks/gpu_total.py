@@ -41,6 +41,7 @@ TOTAL = Check(
         rows_of(150, rows=1, block=100),
         # A tree with every warp in nearly every round takes 154, one thread alone 270.
         rows_of(128, rows=1, block=128, most=200),
+        rows_of(300, rows=1, block=256),
         rows_of(5, rows=1, block=3),
         rows_of(4, rows=2, block=1),
     ],

@@ -29,6 +29,7 @@ RESIDENT = Check(
         kernel(128, 32, 6 * 1024),
         kernel(128, 32, 6 * 1024 + 300),
         kernel(1024, 65, 0),
+        kernel(1024, 32, 0),
         kernel(512, 64, 0),
         kernel(640, 24, 100),
         kernel(384, 32, 0),

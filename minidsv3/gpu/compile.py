@@ -225,7 +225,7 @@ def _numba_cuda() -> Any:
     try:
         version = metadata.version("numba-cuda")
         from numba import cuda
-    except (metadata.PackageNotFoundError, ImportError) as error:
+    except ImportError as error:  # PackageNotFoundError is one
         raise CompilerError(NEEDED) from error
     if version != BUILT_FOR:
         raise CompilerError(

@@ -9,7 +9,8 @@ a float32. All arithmetic is in float32. The same kernel serves both, for `load8
 `store8`, `load1` and `store1` look at the array's dtype.
 
 `exp2`, `log2`, `rsqrt` and `reciprocal` take denormal numbers for zero and give none,
-as a GPU's do; other arithmetic keeps them on both sides.
+as a GPU's do; their last digits differ from a GPU's, which only approximates. Other
+arithmetic keeps denormal numbers on both sides.
 """
 
 from typing import Any

@@ -228,8 +228,7 @@ class Loaded:
                 cells[at + 4] = address
                 at += 7
             else:
-                bits = arg.tobytes().ljust(8, b"\0")
-                cells[at] = int.from_bytes(bits, "little")
+                cells[at] = int.from_bytes(arg.tobytes(), "little")
                 at += 1
         return self.buffers.address
 

@@ -193,20 +193,24 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def in_flight(machine: Machine, latency: float = LATENCY) -> float:
-    """Bytes that each multiprocessor must have under way to reach the bandwidth.
+def in_flight(machine: Machine, latency: float = LATENCY, loads: float = 1.0) -> float:
+    """Bytes of loads that a multiprocessor must have under way to reach the bandwidth.
 
     Little's law: what is in a pipe is its rate times the time through it. latency in
-    seconds. A kernel that loads fewer bytes before it waits stays below.
+    seconds. loads: their share of all bytes that a kernel moves, for nobody waits for
+    a store. A kernel that loads fewer bytes before it waits stays below.
     """
-    return machine.bandwidth * latency / machine.multiprocessors
+    return loads * machine.bandwidth * latency / machine.multiprocessors
 
 
 def reachable(
-    machine: Machine, bytes_under_way: float, latency: float = LATENCY
+    machine: Machine,
+    bytes_under_way: float,
+    latency: float = LATENCY,
+    loads: float = 1.0,
 ) -> float:
     """The part of the bandwidth, at most 1, that so many bytes under way can fill.
 
-    bytes_under_way: of one multiprocessor, see `in_flight`.
+    bytes_under_way: of one multiprocessor's loads; loads: see `in_flight`.
     """
-    return min(1.0, bytes_under_way / in_flight(machine, latency))
+    return min(1.0, bytes_under_way / in_flight(machine, latency, loads))

@@ -155,13 +155,13 @@ def rope(
     return Job(streams, 7 * n / 2)
 
 
-def swiglu(n: int, size: int, fast: bool = True) -> Job:
-    """SwiGLU: four operations and two special functions a number."""
+def swiglu(n: int, size: int) -> Job:
+    """SwiGLU, plain or fast: four operations and two special functions a number."""
     reads = _reads(size, gate=(n, 1), up=(n, 1))
     return Job((*reads, *_writes(size, h=n)), 4 * n, 2 * n)
 
 
-def swiglu_backward(n: int, size: int, fast: bool = True) -> Job:
+def swiglu_backward(n: int, size: int) -> Job:
     """SwiGLU's gradient: ten operations and two special functions a number."""
     reads = _reads(size, dh=(n, 1), gate=(n, 1), up=(n, 1))
     return Job((*reads, *_writes(size, dgate=n, dup=n)), 10 * n, 2 * n)
@@ -184,7 +184,7 @@ def cross_entropy(rows: int, width: int, size: int, fast: bool = True) -> Job:
     return Job(streams, 4 * n + 3 * adjusted, n + adjusted, words)
 
 
-def cross_entropy_backward(rows: int, width: int, size: int, fast: bool = True) -> Job:
+def cross_entropy_backward(rows: int, width: int, size: int) -> Job:
     """Its gradient in place of the logits: four operations and an exp2 a number."""
     n = rows * width
     streams = (
