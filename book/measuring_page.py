@@ -19,7 +19,14 @@ from rows import RESULTS, Row, read
 
 Array = np.ndarray
 Run = Callable[[], object]
-SPINNING = "while True: pass"
+SPINNING = """\
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""  # never rests, but does not outlive who began it
 
 
 # --- a queue, and clocks --------------------------------------------------------------
@@ -121,7 +128,7 @@ def one_core() -> Iterator[int]:
 @contextlib.contextmanager
 def neighbours(count: int) -> Iterator[None]:
     """While inside, so many programs that never rest run where this one runs."""
-    command = [sys.executable, "-S", "-c", f"print(flush=True)\n{SPINNING}"]
+    command = [sys.executable, "-S", "-c", SPINNING]
     programs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
     try:
         for program in programs:

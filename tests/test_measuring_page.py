@@ -4,6 +4,8 @@ import html
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -58,6 +60,25 @@ def test_neighbours_run_while_inside_and_are_gone_after(monkeypatch) -> None:
         assert len(begun) == 2
         assert all(program.poll() is None for program in begun)
     assert all(program.poll() is not None for program in begun)
+
+
+ORPHANING = """
+import os, signal, sys
+sys.path.insert(0, "book")
+import measuring_page as page
+with page.neighbours(1):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and /proc are Unix's")
+def test_a_neighbour_does_not_outlive_who_began_it() -> None:
+    """It has the pipe open, too, and so the pipe ends when both have."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", ORPHANING], cwd=BOOK.parent, stderr=subprocess.PIPE
+    )
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == -signal.SIGKILL and said == b""
 
 
 def test_one_core_is_taken_and_given_back(monkeypatch) -> None:

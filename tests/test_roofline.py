@@ -107,6 +107,22 @@ def test_littles_law() -> None:
     assert roofline.reachable(H200, 1e6, 1e-6) == 1
 
 
+def test_nobody_waits_for_a_store() -> None:
+    """Of a copy half is loads: half of the bytes must be under way as loads."""
+    assert roofline.in_flight(H200, 1e-6, loads=0.5) == pytest.approx(16_288, abs=1)
+    assert roofline.reachable(H200, 8_144, 1e-6, loads=0.5) == pytest.approx(
+        0.5, abs=1e-4
+    )
+
+
+def test_shares_of_loads() -> None:
+    """Two of SwiGLU's three arrays, one of a norm's two, all that the loss has."""
+    assert work.swiglu(1000, BFLOAT16).loads == pytest.approx(2 / 3)
+    assert work.add(1000, FLOAT32).loads == pytest.approx(2 / 3)
+    assert work.rmsnorm(10_000, 8, BFLOAT16).loads == pytest.approx(0.5, abs=1e-4)
+    assert work.cross_entropy(8, 1000, BFLOAT16).loads == 1
+
+
 FLOORS = {  # microseconds on an H200, as known before this code
     "RMSNorm": (work.rmsnorm(65_536, 7_168, BFLOAT16), 437),
     "RMSNorm with residual": (work.add_rmsnorm(65_536, 7_168, BFLOAT16), 874),

@@ -58,6 +58,12 @@ class Job:
         return sum(stream.bytes for stream in self.streams) + self.words
 
     @property
+    def loads(self) -> float:
+        """The share of loads in the bytes of its arrays."""
+        read = sum(stream.bytes for stream in self.streams if stream.kind == "read")
+        return read / sum(stream.bytes for stream in self.streams)
+
+    @property
     def work(self) -> Work:
         """What `gpu.roofline.floor` takes."""
         return Work(self.bytes, self.operations, self.special)
