@@ -186,7 +186,7 @@ def measured() -> dict[tuple, Row]:
 
 def heading(rows: dict[tuple, Row]) -> str:
     """The heads of the measured columns, where there are any."""
-    return "  measured, µs  of a copy" if rows else ""
+    return "  clock  of copy" if rows else ""
 
 
 def beside(predicted: Row, rows: dict[tuple, Row]) -> str:
@@ -194,7 +194,7 @@ def beside(predicted: Row, rows: dict[tuple, Row]) -> str:
     found = rows.get(tuple(predicted[name] for name in ("kernel", "how", "dtype")))
     if found is None:
         return ""
-    return f"{found['us']:14.0f}{found['of_copy']:11.0%}"
+    return f"{found['us']:7.0f}{found['of_copy']:9.0%}"
 
 
 def source(table: str, width: int = 78) -> str:
