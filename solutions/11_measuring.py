@@ -66,7 +66,8 @@ def resident(threads, registers, shared):
 # the straight line with the least squared distances, all counts weighing the same.
 #
 # A launch moves `moved` bytes, and the memory can move `bandwidth` bytes a second.
-# Return a, b, and the part of the bandwidth that a launch uses.
+# Return a, b, and the part of the bandwidth that a launch uses. It comes out above 1
+# where the bytes came from a cache, or were counted wrongly: say so, do not hide it.
 
 
 # %%

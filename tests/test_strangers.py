@@ -1,12 +1,12 @@
 """Answers beside those in the checks: three in four of them wrong.
 
 Those to chapter 1 were written from the text of the notebook alone, by somebody who had
-not seen the checks; those to chapters 3, 4, 6 and 9 by whoever had written the checks,
-and there the ones that end each file by somebody who had seen the text alone, too. All
-were to deceive the judge, or go wrong in the ways that learners do. In ``strangers/``
-each has a name; a wrong one is never accepted, and with ``named`` it is told that
-misconception. The right ones look unlike the references, and all are accepted, on their
-own and as parts of the exercise that assembles them.
+not seen the checks; those to chapters 3, 4, 6, 9 and 10 by whoever had written the
+checks, and there (but for 10) the ones that end each file by somebody who had seen the
+text alone, too. All were to deceive the judge, or go wrong in the ways that learners
+do. In ``strangers/`` each has a name; a wrong one is never accepted, and with ``named``
+it is told that misconception. The right ones look unlike the references, and all are
+accepted, on their own and as parts of the exercise that assembles them.
 """
 
 import tomllib

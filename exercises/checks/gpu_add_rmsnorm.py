@@ -101,15 +101,17 @@ ADD_RMSNORM = Check(
         ),
         Wrong(
             "the norm of x, not of the sum",
-            SQUARES,
-            "squares += x[row + i] * x[row + i]",
+            SUM,
+            "a = x[row + i]\n        t = a + residual[row + i]",
             "What goes on is the sum, and the sum is what must be of a known size.",
+            ((SQUARES, "squares += a * a"),),
         ),
         Wrong(
             "the norm's size from residual",
-            SQUARES,
-            "squares += residual[row + i] * residual[row + i]",
+            SUM,
+            "a = residual[row + i]\n        t = x[row + i] + a",
             "The squares are those of x + residual.",
+            ((SQUARES, "squares += a * a"),),
         ),
         Wrong(
             "x scaled instead of the sum",

@@ -40,6 +40,7 @@ PER_LAUNCH = Check(
         timings("counts in no order", [64, 2, 16, 8], 2e-5, 1e-6, 8, 2, 1e6, 3e12),
         timings("two counts", [5, 6], 1e-4, 2e-5, 11, 3),
         timings("nothing beside the launches", [3, 9, 30, 50], 0.0, 4e-3, 5, 4, 2e9),
+        timings("more than the bandwidth", [2, 3, 8], 1e-6, 2e-6, 3, 6, 9e6),
         timings("one timing each", [1, 2, 3, 5, 9], 1.0, 0.25, 1, 5, 1.0, 40.0),
     ],
     hints=(

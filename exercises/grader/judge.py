@@ -274,7 +274,6 @@ def _tells(value: object) -> bool:
 
 def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> bool:
     """Whether two outcomes are the same: the same results, or the same failure."""
-    one, two = _beneath(one, two), _beneath(two, one)
     if type(one) is not type(two) and (_is_failure(one) or _is_failure(two)):
         return False
     if isinstance(one, Raised):
@@ -287,12 +286,6 @@ def alike(one: object, two: object, check: spec.Check, tolerance: Tolerance) -> 
         one, two = one.value, two.value
     names = _names(one, check)
     return names == _names(two, check) and same(one, two, names, tolerance)
-
-
-def _beneath(outcome: object, other: object) -> object:
-    """What a kernel computed that asked too much of memory, beside one that did not."""
-    too_much = _report(outcome) and outcome.last and not _is_failure(other)
-    return outcome.value if too_much else outcome
 
 
 def _report(outcome: object) -> str:

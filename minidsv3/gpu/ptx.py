@@ -205,8 +205,8 @@ def round_to(typing_context: Any, array: Type, value: Type) -> Typed:
     def generate(context, builder, signature, values):
         if size == 4:
             return values[1]
-        bits = _asm(builder, I16, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [values[1]])
-        return builder.bitcast(_low(builder, builder.zext(bits, I32)), F32)
+        text = "cvt.rn.bf16x2.f32 $0, $1, 0f00000000;"  # zero below: again a float32
+        return builder.bitcast(_asm(builder, I32, text, "=r,f", [values[1]]), F32)
 
     return (types.float32(array, types.float32), generate) if size else None
 

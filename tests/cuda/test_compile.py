@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,9 @@ from minidsv3.gpu import compile as gpu_compile
 from minidsv3.gpu.compile import (
     ARCHITECTURES,
     BUILT_FOR,
+    Compiled,
     CompilerError,
+    architecture,
     compiled,
 )
 from minidsv3.gpu.dialect import cuda
@@ -338,19 +342,71 @@ def test_a_signature_of_another_length_is_refused(signature) -> None:
         compiled(add, signature)
 
 
-def test_what_numba_does_not_understand_is_its_own_error() -> None:
+def asked_for_a_device() -> list:
+    """What Numba calls to find one."""
     from numba.cuda import api, compiler, dispatcher
     from numba.cuda.cudadrv import devices
 
+    found = [module.get_current_device for module in (api, compiler, dispatcher)]
+    return [*found, devices.get_context]
+
+
+def test_what_numba_does_not_understand_is_its_own_error() -> None:
     def wrong(x):
         x[0] = x.nothing
 
-    places = [(m, "get_current_device") for m in (api, compiler, dispatcher)]
-    places.append((devices, "get_context"))
-    before = [getattr(*place) for place in places]
+    before = asked_for_a_device()
     with pytest.raises(NumbaError, match="nothing"):
         compiled(wrong, "f4[]")
-    assert [getattr(*place) for place in places] == before
+    assert asked_for_a_device() == before
+
+
+def test_host_threads_compile_one_after_the_other(monkeypatch) -> None:
+    """Or the second would take the first's stand-in for Numba's own, and leave it."""
+    before, together, found = asked_for_a_device(), threading.Barrier(2), {}
+    types = gpu_compile._parameters
+
+    def slow(*args):
+        time.sleep(0.2)  # in the stand-in: long enough for the other to come in
+        return types(*args)
+
+    monkeypatch.setattr(gpu_compile, "_parameters", slow)
+
+    def build(kernel, signature, where) -> None:
+        together.wait()
+        found[where] = compiled(kernel, signature, where)
+
+    threads = [
+        threading.Thread(target=build, args=given)
+        for given in ((add, "f4[] f4[] i4", "sm_80"), (tenth, "f4[] f4[]", "sm_90a"))
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert asked_for_a_device() == before
+    assert {where: code.kernel for where, code in found.items()} == {
+        "sm_80": "add", "sm_90a": "tenth",
+    }  # fmt: skip
+    for where, code in found.items():
+        assert set(re.findall(r"\bsm_\w+", code.sass)) == {where}
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a")],
+)
+def test_the_architecture_of_a_gpu(capability, name) -> None:
+    assert architecture(capability) == name
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
+def test_a_gpu_that_no_code_is_for(capability) -> None:
+    """sm_90a runs on nothing else, newer ones included."""
+    major, minor = capability
+    with pytest.raises(CompilerError, match=rf"compute capability {major}\.{minor}"):
+        architecture(capability)
 
 
 @pytest.fixture
@@ -397,28 +453,32 @@ def test_a_missing_tool_is_named(missing, monkeypatch, forgetful, tmp_path) -> N
         return here if name == "nvidia" else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
-    with pytest.raises(
-        CompilerError, match=f"{missing} is missing. Compiling a kernel"
-    ):
-        compiled(add, "f4[] f4[] i4")
+    code = compiled(add, "f4[] f4[] i4")  # which a GPU loads without any tool
+    assert code.cubin[:4] == b"\x7fELF"
+    said = f"{missing} is missing. Compiling a kernel"
+    for asked in ("registers", "stack", "local", "shared", "sass", "instructions"):
+        with pytest.raises(CompilerError, match=said):
+            getattr(code, asked)
+    with pytest.raises(CompilerError, match=said):
+        code.count("LDG")
 
 
 def test_without_nvidias_packages_the_tool_is_named(monkeypatch, forgetful) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CompilerError, match="cuobjdump is missing"):
-        gpu_compile._tool("-sass", Path("kernel.cubin"))
+        gpu_compile._tool("-sass", b"")
 
 
-def test_a_tool_that_fails_is_quoted(tmp_path) -> None:
-    (tmp_path / "kernel.cubin").write_bytes(b"no machine code")
+def test_a_tool_that_fails_is_quoted() -> None:
     with pytest.raises(CompilerError, match="cuobjdump -sass failed: .*kernel.cubin"):
-        gpu_compile._tool("-sass", tmp_path / "kernel.cubin")
+        gpu_compile._tool("-sass", b"no machine code")
 
 
 def test_another_answer_of_the_tools_is_an_error() -> None:
     """And not a kernel that takes no registers."""
     code = compiled(add, "f4[] f4[] i4")
+    other = Compiled("add", "other", "sm_90a", code.cubin, ())
     with pytest.raises(CompilerError, match=r"does not say what add uses:\s+Resource"):
-        gpu_compile._examined("add", "other", "sm_90a", code.cubin, ())
+        _ = other.registers
     with pytest.raises(CompilerError, match="no entry other in the PTX"):
         gpu_compile._parameters(".entry add(\n)", "other")
