@@ -174,3 +174,15 @@ def test_it_fits(page: Page, theme: str, width: int) -> None:
     for case in CASES:
         put(page, *case)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_style_sheet_closes_what_it_opens() -> None:
+    """An open brace, left by a merge say, hides every rule that follows it."""
+    sheet = (figure_page.STATIC / "minidsv3.css").read_text(encoding="utf-8")
+    depth = 0
+    for number, line in enumerate(sheet.splitlines(), 1):
+        depth += line.count("{") - line.count("}")
+        assert depth >= 0, number
+        if line.startswith("@"):
+            assert depth <= 1, f"line {number} opens inside another rule"
+    assert depth == 0
