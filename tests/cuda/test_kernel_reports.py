@@ -52,6 +52,10 @@ def test_order_counts_neighbours() -> None:
     assert reports.order(sass) == "LDG*3 FFMA BAR STG"
 
 
+def until_the_barrier(order: str) -> list[str]:
+    return order[: order.index("BAR")].split()
+
+
 # --- what the chapter says ------------------------------------------------------------
 
 
@@ -64,6 +68,13 @@ def test_the_guard_makes_bfloat16_wait_and_not_float32() -> None:
         assert ROWS["guarded, float32", arch]["order"].startswith(lifted)
     assert hopper["loads first"]["under_way"] == 64
     assert hopper["guarded"]["under_way"] == 16
+
+
+def test_the_library_asks_for_gains_before_the_barrier() -> None:
+    for case, early in (("library", 8), ("loads first", 4)):
+        words = until_the_barrier(hopper[case]["order"])
+        loads = [w.removeprefix("LDG") for w in words if w.startswith("LDG")]
+        assert sum(int(n[1:] or 1) for n in loads) == early
 
 
 def test_only_the_controls_spill() -> None:
@@ -87,7 +98,11 @@ def test_a_quotient_has_a_way_out() -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "more"),
-    [(reports.rmsnorm_guarded, ()), (reports.rmsnorm_counted, (uint32(4),))],
+    [
+        (reports.rmsnorm_guarded, ()),
+        (reports.rmsnorm_loads_first, ()),
+        (reports.rmsnorm_counted, (uint32(4),)),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_variations_normalise(kernel, more: tuple, dtype: str) -> None:
