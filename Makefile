@@ -60,7 +60,7 @@ test: lint ## Run every test that needs no GPU
 	@$(PYTEST) -n $(JOBS) --maxprocesses 4 $(ARGS)
 
 test-cuda: $(call where,$(CUDA),test cuda) ## Compile the CUDA kernels and check them
-	@$(call if_any,$(CUDA),$(PYTEST) tests/cuda $(ARGS),There are no CUDA tests yet.)
+	@$(call if_any,$(CUDA),$(PYTEST) tests/cuda -n $(JOBS) --maxprocesses 4 $(ARGS),There are no CUDA tests yet.)
 
 grade: $(call where,$(EXERCISES),lab) ## Grade your answers to the exercises
 	@$(call if_any,$(EXERCISES),$(PYTEST) exercises $(ARGS),There are no exercises yet.)

@@ -466,7 +466,7 @@ def test_blocks_of_a_norms_gradient(rows, blocks, width, planned) -> None:
 @pytest.mark.parametrize(
     ("shape", "d_R"),
     [((1, 1, 1, 8), 8), ((2, 100, 1, 64), 64), ((1, 3, 128, 192), 64),
-     ((3, 7, 5, 40), 16), ((1, 2, 3, 2056), 2048), ((1, 1000, 1, 8), 8)],
+     ((3, 7, 5, 40), 16), ((1, 2, 3, 1032), 1024), ((1, 1000, 1, 8), 8)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", BOTH)
 def test_blocks_of_a_rotation(shape, d_R, dtype, planned) -> None:
@@ -477,5 +477,15 @@ def test_blocks_of_a_rotation(shape, d_R, dtype, planned) -> None:
     assert name == "rope_fast" and args[2] == tokens
     assert across * 16 // dtype.itemsize == d_R
     assert 1 <= down <= shape[2] and 1 <= deep <= 64
-    assert across * down * deep <= max(256, across)
+    assert across * down * deep <= 256
     assert (grid - 1) * deep < tokens <= grid * deep
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d_R"), [(torch.float32, 1028), (torch.bfloat16, 2056)]
+)
+def test_more_pairs_than_a_block_has_threads_take_the_plain_kernel(
+    dtype, d_R, planned
+) -> None:
+    ops.rotate_(torch.ones(1, 2, 1, d_R, dtype=dtype), rotation_of(2, d_R // 2))
+    assert [name for name, *_ in planned] == ["rope_plain"]

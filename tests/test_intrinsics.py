@@ -126,7 +126,7 @@ def ulps(ours: np.ndarray, exact: np.ndarray) -> float:
 
 positive = np.exp2(np.random.default_rng(2).uniform(-126, 126, 20_000)).astype(F32)
 exponents = np.random.default_rng(3).uniform(-125, 127, 20_000).astype(F32)
-both = np.concatenate([positive, -positive])
+both = np.concatenate([positive[::2], -positive[1::2]])
 FUNCTIONS = {
     "exp2": (exp2, exponents, np.exp2, 2),
     "log2": (log2, positive, np.log2, 2),

@@ -275,10 +275,10 @@ def _turn_(x: Tensor, turns: Tensor, sign: float) -> None:
     """x (B, T, H, d) in place; turns (T or B T, d_R) of cosines and sines in turn."""
     (B, T, H, d), d_R, per = x.shape, turns.shape[-1], per_vector(x)
     shape = uint32(H), uint32(d), uint32(d_R), uint32(len(turns))
-    if d % per or not wide(d_R, x, turns):
+    across = d_R // per
+    if d % per or across > ELEMENTWISE_THREADS or not wide(d_R, x, turns):
         launch(plain.rope_plain, B * T, plain.THREADS, x, turns, *shape, float32(sign))
         return
-    across = d_R // per
     down = max(1, min(H, ELEMENTWISE_THREADS // across))
     deep = max(1, min(64, ELEMENTWISE_THREADS // (across * down)))  # tokens a block
     blocks = math.ceil(B * T / deep)
