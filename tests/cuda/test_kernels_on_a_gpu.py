@@ -25,7 +25,9 @@ needs_a_card = pytest.mark.skipif(
 
 def launched(device: str, kernel: Callable, grid: Any, block: Any, *args: Any) -> None:
     """Run a kernel of a `Job` on a device: what lies around its arrays goes along."""
-    wholes = [(a.base, torch.from_numpy(a.base).to(device)) for a in arrays(args)]
+    wholes = [
+        (a.base, torch.from_numpy(a.base.copy()).to(device)) for a in arrays(args)
+    ]
     pieces = iter(wholes)
     given = [
         next(pieces)[1][GUARD : GUARD + arg.size] if is_array(arg) else arg
