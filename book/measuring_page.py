@@ -162,7 +162,7 @@ def against_itself(run: Run, tries: int, turns: bool) -> Array:
 # --- what the page shows --------------------------------------------------------------
 
 STATE = (
-    "None of the kernels of this book has run on a GPU when this page was built. For a "
+    "None of the kernels of this book had run on a GPU when this page was built. For a "
     "chapter on measuring that is an odd place to stand, and a good one: what you say "
     "about a kernel before its first run can be wrong, and what you say afterwards "
     "cannot.",
@@ -171,8 +171,8 @@ STATE = (
 )
 """What the chapter says without and with measured rows."""
 VERDICT = (
-    "Nothing in this table was timed. It was committed before anybody could, so that "
-    "it can be wrong. Once there are measured times, they stand beside it.",
+    "Nothing in this table was timed. Once there are measured times, they stand "
+    "beside it.",
     "The left part of this table was committed before the right one was measured.",
 )
 
