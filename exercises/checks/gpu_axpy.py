@@ -129,6 +129,20 @@ AXPY = Check(
             "The last round has fewer numbers than threads, and its numbers count too.",
         ),
         Wrong(
+            "zeros behind the n numbers",
+            LOOP,
+            "for i in range(cuda.grid(1), len(z), cuda.gridsize(1)):\n"
+            "        if i >= n:\n            z[i] = float32(0)\n"
+            "            continue",
+            "What lies behind n belongs to somebody else: leave it as it is.",
+        ),
+        Wrong(
+            "added to what stands in z",
+            "z[i] = a",
+            "z[i] += a",
+            "Nobody has cleared z. The result takes the place of what stood there.",
+        ),
+        Wrong(
             "y forgotten",
             "a * x[i] + y[i]",
             "a * x[i]",

@@ -73,11 +73,12 @@ GAIN_GRADIENT = Check(
             "eight up in a fixed order.",
         ),
         Wrong(
-            "an atomic sum in global memory",
+            "added to what stands in dg",
             LAST,
             "    if column < width:\n        cuda.atomic.add(dg, column, part)\n",
-            "Somebody would have to clear dg first, and the order of the additions "
-            "would be the order of the threads. Let one thread write each number.",
+            "Nobody has cleared dg. And where several threads add to one number, the "
+            "order of the additions is that of the threads, atomic or not. Let one "
+            "thread write each number.",
         ),
         Wrong(
             "eight threads write one number",
