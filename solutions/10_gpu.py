@@ -21,8 +21,9 @@
 # sizes Python integers. Results are compared to four digits: a float32 has seven, and
 # each order of adding costs others of them. On a GPU a float32 divided by an integer is
 # a float64, and slow: `/ float32(width)`. Where readings are counted, every `x[i]` that
-# you write is one: keep what you need again in a variable. Before the launch the results
-# are full of NaN: where one is left, nobody wrote, or somebody added to what stood there.
+# you write is one: keep what you need again in a variable. Before the launch the
+# results are full of NaN: where one is left, nobody wrote, or somebody added to what
+# stood there.
 #
 # To run a kernel by hand: `launch(axpy, 2, 64, float32(3), x, y, z, len(x))` starts 2
 # blocks of 64 threads on NumPy arrays.

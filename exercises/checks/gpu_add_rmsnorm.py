@@ -6,7 +6,9 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 APART = "Lanes that read far apart"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 TWICE = "x and residual are read more than once"
+ONCE = "Their sum is in `total`; a number that you need twice, keep in a variable."
 
 
 def rows_of(width: int, rows: int, block: int, eps: float, scale: float = 1.0):
@@ -17,13 +19,11 @@ def rows_of(width: int, rows: int, block: int, eps: float, scale: float = 1.0):
     )
     g = (1 + normal(width, seed=width + 2, scale=0.5)).astype(np.float32)
     label = f"{rows} row{'s' * (rows > 1)} of {width}, {block} threads, eps {eps:g}"
-    limits = [
-        Limit(TWICE, "bytes", 4 * rows * width, array, "read") for array in (0, 1)
-    ]
+    limits = [Limit(TWICE, "bytes", 4 * rows * width, n, "read", ONCE) for n in (0, 1)]
     if width % 8 == 0:  # a row begins with a sector; load8 goes to each twice
         most = 2 * rows * width // 8
-        limits += [Limit(APART, "sectors", most, n, "read") for n in (0, 1)]
-        limits += [Limit(APART, "sectors", most, n, "write") for n in (3, 4)]
+        limits += [Limit(APART, "sectors", most, n, "read", SECTORS) for n in (0, 1)]
+        limits += [Limit(APART, "sectors", most, n, "write", SECTORS) for n in (3, 4)]
     args = (x, residual, g, np.zeros_like(x), np.zeros_like(x), width, np.float32(eps))
     return Launch(label, args, rows, block, (3, 4), limits=tuple(limits))
 

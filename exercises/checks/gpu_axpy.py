@@ -6,6 +6,7 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 STRETCHES = "Neighbours do not read neighbours"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 
 
 def launched(n: int, grid: int, block: int, behind: int = 0, tight: bool = True):
@@ -15,7 +16,7 @@ def launched(n: int, grid: int, block: int, behind: int = 0, tight: bool = True)
     label += f", {grid} block{'s' * (grid > 1)} of {block} threads"
     sectors = 2 * -(-4 * n // 32)  # twice what is needed: load8 goes there twice
     limits = [
-        Limit(STRETCHES, "sectors", sectors, array, kind)
+        Limit(STRETCHES, "sectors", sectors, array, kind, SECTORS)
         for array, kind in ((1, "read"), (2, "read"), (3, "write"))
     ]
     args = (np.float32(1.5), x, y, np.zeros_like(x), n)

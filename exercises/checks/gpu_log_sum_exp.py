@@ -6,7 +6,9 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 TWICE = "x is read more than once"
+ONCE = "One lane reads each number, and once: what it needs again, it keeps."
 APART = "Lanes that read far apart"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 SHARED = "Shared memory where shuffles do"
 INF = float("inf")
 LOW = np.array([[-3e36, -2e36, -2e36], [-5.0, -INF, -4e34]])
@@ -15,9 +17,12 @@ LOW = np.array([[-3e36, -2e36, -2e36], [-5.0, -INF, -4e34]])
 def table(label: str, x: np.ndarray, grid: int, block: int = 64) -> Launch:
     """Rows of logits."""
     rows, width = x.shape
-    limits = [Limit(SHARED, "passes", 0), Limit(TWICE, "bytes", 4 * x.size, 0, "read")]
+    limits = [
+        Limit(SHARED, "passes", 0),
+        Limit(TWICE, "bytes", 4 * x.size, 0, "read", ONCE),
+    ]
     if width % 8 == 0:  # a row begins with a sector; load8 goes to each twice
-        limits.append(Limit(APART, "sectors", 2 * x.size // 8, 0, "read"))
+        limits.append(Limit(APART, "sectors", 2 * x.size // 8, 0, "read", SECTORS))
     flat = x.astype(np.float32).ravel()
     results = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
     args = (flat, *results, rows, width)

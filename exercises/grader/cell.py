@@ -74,8 +74,9 @@ def refuse_other_than_given(tree: ast.Module, exercise: Exercise) -> None:
         if bare_tree(ast.unparse(node)) != stub[name]:
             raise Fault(
                 f"`{name}` is given, and here it is another one",
-                "What you write must do with it as it is. Undo the change; or `python "
-                f"exercises reset {exercise.id}` brings the cell back, and keeps yours.",
+                "What you write must do with it as it is. Undo the change, or let "
+                f"`python exercises reset {exercise.id}` bring back the cell; it keeps "
+                "your answer.",
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grader.complaint import Complaint
-from grader.spec import Check, Launch
+from grader.spec import Check, Launch, Limit
 
 ORDERS = ("rising", "falling", 1)  # the last is the seed of an order by lot
 FOUND = {
@@ -84,9 +84,11 @@ def as_kernel(
                 one_or_all(results[0]),
             )
     if said := beyond(case, counted, kernel):
-        headline, report, number = said
-        value = one_or_all(results[0])
-        return Complaint(headline, "", value, last=True, report=report, where=(number,))
+        limit, report, number = said
+        return Complaint(
+            limit.headline, limit.why, one_or_all(results[0]), last=True,
+            report=report, where=(number,),
+        )  # fmt: skip
     if there is not None:
         return launched_there(there, case)
     return one_or_all(results[0])
@@ -117,8 +119,8 @@ def changed(case: Launch, given: list) -> Complaint | None:
     return None
 
 
-def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[str, str, int] | None:
-    """The first limit that a launch broke: headline, what was counted, and how many."""
+def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[Limit, str, int] | None:
+    """The first limit that a launch broke, what was counted, and how many."""
     names = [*inspect.signature(getattr(kernel, "py_func", kernel)).parameters]
     for limit in case.limits:
         found = [
@@ -136,7 +138,7 @@ def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[str, str, int] |
                 if getattr(a, limit.counted)
             ]
             said = f"{number} {UNITS[limit.counted][1]}; {limit.most} will do."
-            return limit.headline, "\n".join([said, *lines]), number
+            return limit, "\n".join([said, *lines]), number
     return None
 
 
