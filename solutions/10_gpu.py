@@ -21,7 +21,9 @@
 # sizes Python integers. Results are compared to four digits: a float32 has seven, and
 # each order of adding costs others of them. On a GPU a float32 divided by an integer is
 # a float64, and slow: `/ float32(width)`. Where readings are counted, every `x[i]` that
-# you write is one: keep what you need again in a variable.
+# you write is one: keep what you need again in a variable. Before the launch the
+# results are full of NaN: where one is left, nobody wrote, or somebody added to what
+# stood there.
 #
 # To run a kernel by hand: `launch(axpy, 2, 64, float32(3), x, y, z, len(x))` starts 2
 # blocks of 64 threads on NumPy arrays.
@@ -111,8 +113,9 @@ def transpose(x, y, rows, columns):
 # half of the front half, until one number is left. That takes as many rounds as the
 # number of threads can be halved, and between two rounds everybody waits.
 #
-# Write `total`. The kernel below it is given, and calls it twice with the same
-# `scratch`, for the mean of a row and for the mean of the squared distances from it,
+# Write `total`. The kernel below it is given and stays as it is. It calls `total` twice
+# with the same `scratch`, for the mean of a row and for the mean of the squared
+# distances from it,
 #
 # $$ \mu = \frac1W \sum_i x_i, \qquad v = \frac1W \sum_i (x_i - \mu)^2 . $$
 #
@@ -174,7 +177,8 @@ def statistics(x, mean, variance, width):
 # warps without one. The lanes put their pairs together by shuffles, in five steps,
 # without shared memory. Rows may be shorter than 32 and longer; every row has at least
 # one number, and numbers may be $-\infty$, but never all of a row. `x` must not be read
-# twice. Use `math.exp` and `math.log`.
+# twice, and lanes side by side read numbers side by side: bytes and sectors are
+# counted. Use `math.exp` and `math.log`.
 
 
 # %%
@@ -219,7 +223,8 @@ def log_sum_exp(x, m, l, rows, width):
 # multiple of the number of threads. Those are a multiple of 32, at most 512. Read `x`
 # and `residual` once: the second time, what you need is in `total`. `block_sum(value,
 # scratch)`, from the first cell, returns the sum over the block to every thread. It
-# must be called by all of them, with `scratch = cuda.shared.array(32, float32)`.
+# must be called by all of them, with `scratch = cuda.shared.array(32, float32)`. Bytes
+# are counted, and sectors: threads side by side have numbers side by side.
 
 
 # %%

@@ -5,7 +5,10 @@ from grader.spec import Check, Launch, Limit, Wrong
 
 from checks.draws import normal
 
+APART = "Lanes that read far apart"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 TWICE = "x and residual are read more than once"
+ONCE = "Their sum is in `total`; a number that you need twice, keep in a variable."
 
 
 def rows_of(width: int, rows: int, block: int, eps: float, scale: float = 1.0):
@@ -16,11 +19,13 @@ def rows_of(width: int, rows: int, block: int, eps: float, scale: float = 1.0):
     )
     g = (1 + normal(width, seed=width + 2, scale=0.5)).astype(np.float32)
     label = f"{rows} row{'s' * (rows > 1)} of {width}, {block} threads, eps {eps:g}"
-    limits = tuple(
-        Limit(TWICE, "bytes", 4 * rows * width, array, "read") for array in (0, 1)
-    )
+    limits = [Limit(TWICE, "bytes", 4 * rows * width, n, "read", ONCE) for n in (0, 1)]
+    if width % 8 == 0:  # a row begins with a sector; load8 goes to each twice
+        most = 2 * rows * width // 8
+        limits += [Limit(APART, "sectors", most, n, "read", SECTORS) for n in (0, 1)]
+        limits += [Limit(APART, "sectors", most, n, "write", SECTORS) for n in (3, 4)]
     args = (x, residual, g, np.zeros_like(x), np.zeros_like(x), width, np.float32(eps))
-    return Launch(label, args, rows, block, (3, 4), limits=limits)
+    return Launch(label, args, rows, block, (3, 4), limits=tuple(limits))
 
 
 def expected(x, residual, g, total, y, width, eps):
@@ -47,6 +52,8 @@ ADD_RMSNORM = Check(
         rows_of(200, rows=1, block=96, eps=0.1),
         rows_of(77, rows=2, block=64, eps=1e-5, scale=1e-3),
         rows_of(64, rows=3, block=64, eps=2.0, scale=30.0),
+        rows_of(1100, rows=1, block=64, eps=1e-3),
+        rows_of(40, rows=1, block=512, eps=1e-2),
     ],
     oracle=expected,
     hints=(
@@ -176,6 +183,22 @@ ADD_RMSNORM = Check(
                 (
                     SECOND,
                     "for i in range(thread, min(width, cuda.blockDim.x)):\n        y[",
+                ),
+            ),
+        ),
+        Wrong(
+            "a stretch for each thread",
+            FIRST,
+            "each = -(-width // cuda.blockDim.x)\n"
+            "    for i in range(thread * each, min(width, thread * each + each)):\n"
+            "        t = ",
+            "Each thread then reads from a sector of its own, 4 bytes of 32. Threads "
+            "side by side have numbers side by side.",
+            (
+                (
+                    SECOND,
+                    "for i in range(thread * each, min(width, thread * each + each)):\n"
+                    "        y[",
                 ),
             ),
         ),

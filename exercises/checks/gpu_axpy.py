@@ -6,6 +6,7 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 STRETCHES = "Neighbours do not read neighbours"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 
 
 def launched(n: int, grid: int, block: int, behind: int = 0, tight: bool = True):
@@ -15,7 +16,7 @@ def launched(n: int, grid: int, block: int, behind: int = 0, tight: bool = True)
     label += f", {grid} block{'s' * (grid > 1)} of {block} threads"
     sectors = 2 * -(-4 * n // 32)  # twice what is needed: load8 goes there twice
     limits = [
-        Limit(STRETCHES, "sectors", sectors, array, kind)
+        Limit(STRETCHES, "sectors", sectors, array, kind, SECTORS)
         for array, kind in ((1, "read"), (2, "read"), (3, "write"))
     ]
     args = (np.float32(1.5), x, y, np.zeros_like(x), n)
@@ -127,6 +128,20 @@ AXPY = Check(
             LOOP,
             "for i in range(cuda.grid(1), n - n % cuda.gridsize(1), cuda.gridsize(1)):",
             "The last round has fewer numbers than threads, and its numbers count too.",
+        ),
+        Wrong(
+            "zeros behind the n numbers",
+            LOOP,
+            "for i in range(cuda.grid(1), len(z), cuda.gridsize(1)):\n"
+            "        if i >= n:\n            z[i] = float32(0)\n"
+            "            continue",
+            "What lies behind n belongs to somebody else: leave it as it is.",
+        ),
+        Wrong(
+            "added to what stands in z",
+            "z[i] = a",
+            "z[i] += a",
+            "Nobody has cleared z. The result takes the place of what stood there.",
         ),
         Wrong(
             "y forgotten",

@@ -6,6 +6,7 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 APART = "Lanes that read far apart"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 
 
 def table(rows: int, width: int) -> Launch:
@@ -13,7 +14,7 @@ def table(rows: int, width: int) -> Launch:
     dy, x = (normal(rows * width, seed=rows + k).astype(np.float32) for k in (0, 1))
     r = (0.2 + normal(rows, seed=width) ** 2).astype(np.float32)
     limits = tuple(
-        Limit(APART, "sectors", rows * width // 8, array, "read")
+        Limit(APART, "sectors", rows * width // 8, array, "read", SECTORS)
         for array in (0, 1)
         if width % 8 == 0
     )
@@ -73,11 +74,12 @@ GAIN_GRADIENT = Check(
             "eight up in a fixed order.",
         ),
         Wrong(
-            "an atomic sum in global memory",
+            "added to what stands in dg",
             LAST,
             "    if column < width:\n        cuda.atomic.add(dg, column, part)\n",
-            "Somebody would have to clear dg first, and the order of the additions "
-            "would be the order of the threads. Let one thread write each number.",
+            "Nobody has cleared dg. And where several threads add to one number, the "
+            "order of the additions is that of the threads, atomic or not. Let one "
+            "thread write each number.",
         ),
         Wrong(
             "eight threads write one number",

@@ -6,18 +6,27 @@ from grader.spec import Check, Launch, Limit, Wrong
 from checks.draws import normal
 
 TWICE = "x is read more than once"
+ONCE = "One lane reads each number, and once: what it needs again, it keeps."
+APART = "Lanes that read far apart"
+SECTORS = "Memory hands over 32 bytes at a time, and of these most are thrown away."
 SHARED = "Shared memory where shuffles do"
 INF = float("inf")
+LOW = np.array([[-3e36, -2e36, -2e36], [-5.0, -INF, -4e34]])
 
 
 def table(label: str, x: np.ndarray, grid: int, block: int = 64) -> Launch:
     """Rows of logits."""
     rows, width = x.shape
-    limits = Limit(SHARED, "passes", 0), Limit(TWICE, "bytes", 4 * x.size, 0, "read")
+    limits = [
+        Limit(SHARED, "passes", 0),
+        Limit(TWICE, "bytes", 4 * x.size, 0, "read", ONCE),
+    ]
+    if width % 8 == 0:  # a row begins with a sector; load8 goes to each twice
+        limits.append(Limit(APART, "sectors", 2 * x.size // 8, 0, "read", SECTORS))
     flat = x.astype(np.float32).ravel()
     results = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
     args = (flat, *results, rows, width)
-    return Launch(label, args, grid, block, (1, 2), limits=limits)
+    return Launch(label, args, grid, block, (1, 2), limits=tuple(limits))
 
 
 def masked() -> np.ndarray:
@@ -56,6 +65,8 @@ LOG_SUM_EXP = Check(
         table("far above, rising", np.linspace(900, 1000, 96)[None], grid=1),
         table("falling", np.linspace(50, -400, 64)[None].repeat(2, 0), grid=1),
         table("many minus infinities", masked(), grid=2, block=96),
+        table("lower than one thinks", LOW, grid=1),
+        table("a long row", normal(1, 1104, seed=4, scale=2.0), grid=1, block=32),
         table("one number", np.array([[-7.5], [0.25]]), grid=2),
     ],
     oracle=expected,
@@ -111,6 +122,20 @@ LOG_SUM_EXP = Check(
             "float32(0), float32(0)",
             "In a row of negative numbers 0 is not among them, and far below zero "
             "every exponential vanishes against it.",
+        ),
+        Wrong(
+            "the search begins at a number that a row may lie below",
+            LOWEST,
+            "float32(-1e30), float32(0)",
+            "float32 goes down to -3.4e38, and so may a row.",
+        ),
+        Wrong(
+            "a stretch for each lane",
+            "    for i in range(lane, width, 32):\n",
+            "    each = (width + 31) // 32\n"
+            "    for i in range(lane * each, min(width, lane * each + each)):\n",
+            "Each lane then reads from a sector of its own, 4 bytes of 32. Lanes side "
+            "by side read numbers side by side.",
         ),
         Wrong(
             "only one partner",

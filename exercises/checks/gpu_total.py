@@ -8,13 +8,14 @@ from checks.draws import normal
 
 GIVEN = "\n\ndef statistics" + find("gpu.cuda.3").stub.partition("def statistics")[2]
 SERIAL = "Shared memory asked as often as one thread would"
+HALVES = "Half of the threads can add at the same time, then half of those."
 
 
 def rows_of(width: int, rows: int, block: int, most: int | None = None) -> Launch:
     """Rows and threads; most: how many passes over the banks are let through."""
     x = normal(rows * width, seed=width).astype(np.float32)
     label = f"{rows} row{'s' * (rows > 1)} of {width} numbers, {block} threads"
-    limits = (Limit(SERIAL, "passes", most),) if most else ()
+    limits = (Limit(SERIAL, "passes", most, why=HALVES),) if most else ()
     results = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
     return Launch(label, (x, *results, width), rows, block, (1, 2), limits=limits)
 

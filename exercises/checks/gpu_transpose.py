@@ -8,6 +8,8 @@ from checks.draws import normal
 READS = "Reads of x that are mostly thrown away"
 WRITES = "Writes to y into a sector each"
 BANKS = "Lanes that wait for each other at a bank"
+SECTORS = "Memory moves 32 bytes at a time: lanes side by side want neighbours."
+APART = "Numbers that are a multiple of 32 apart in a tile are in one bank."
 
 
 def matrix(rows: int, columns: int, tight: bool = False) -> Launch:
@@ -16,9 +18,9 @@ def matrix(rows: int, columns: int, tight: bool = False) -> Launch:
     label = f"{rows} rows, {columns} columns"
     sectors = 4 * rows * columns // 32
     limits = (
-        Limit(READS, "sectors", sectors, 0, "read"),
-        Limit(WRITES, "sectors", sectors, 1, "write"),
-        Limit(BANKS, "conflicts", 0),
+        Limit(READS, "sectors", sectors, 0, "read", SECTORS),
+        Limit(WRITES, "sectors", sectors, 1, "write", SECTORS),
+        Limit(BANKS, "conflicts", 0, why=APART),
     )
     args = (x, np.zeros_like(x), rows, columns)
     grid = (-(-columns // 32), -(-rows // 32))

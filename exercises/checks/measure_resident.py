@@ -27,6 +27,7 @@ RESIDENT = Check(
         kernel(128, 32, 32_276),
         kernel(128, 32, 16_500),
         kernel(128, 32, 6 * 1024),
+        kernel(128, 32, 20_096),
         kernel(128, 32, 6 * 1024 + 300),
         kernel(1024, 65, 0),
         kernel(1024, 32, 0),
@@ -45,14 +46,12 @@ RESIDENT = Check(
         kernel(128, 128, 48 * 1024),
     ],
     hints=(
-        "Four things can run out: warps, registers, shared memory, the number of "
-        "blocks. How many blocks would fit if only one of the four were short? The "
-        "shortest decides.",
-        "Rounding up to a multiple of m is `-(-n // m) * m`. A part has room for "
-        "`16384 // of_a_warp` warps by its registers, and of each block it gets "
-        "`threads // 128`.",
-        "`min(32, 16 // warps, 16384 // of_a_warp // warps, 233472 // of_a_block)` "
-        "with `warps = threads // 128`; the occupancy is `blocks * warps / 64`.",
+        "Three things can run out: warps, registers, shared memory. How many blocks "
+        "would fit if only one of the three were short? The shortest decides.",
+        "Rounding up to a multiple of m is `-(-n // m) * m`. By its registers there is "
+        "room for `65536 // of_a_warp` warps, and a block has `threads // 32`.",
+        "`min(64 // warps, 65536 // of_a_warp // warps, 233472 // of_a_block)` with "
+        "`warps = threads // 32`; the occupancy is `blocks * warps / 64`.",
     ),
     wrong=(
         Wrong(
@@ -79,6 +78,12 @@ RESIDENT = Check(
             BLOCK,
             "of_a_block = -(-shared // 1024) * 1024 + 1024",
             "The unit is 128 bytes, not 1,024.",
+        ),
+        Wrong(
+            "shared memory in units of 256",
+            BLOCK,
+            "of_a_block = -(-(shared + 1024) // 256) * 256",
+            "256 is the unit of registers. That of shared memory is 128 bytes.",
         ),
         Wrong(
             "48 KB of shared memory",
@@ -136,6 +141,12 @@ RESIDENT = Check(
             OCCUPANCY,
             "100 * blocks * warps / 64",
             "A part of 64 is a number from 0 to 1.",
+        ),
+        Wrong(
+            "blocks and occupancy exchanged",
+            "return blocks, " + OCCUPANCY,
+            "return blocks * warps / 64, blocks",
+            "First how many blocks there are, then the occupancy.",
         ),
         Wrong(
             "the largest limit",

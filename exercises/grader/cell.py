@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from grader.compare import WrongForm
 from grader.complaint import NO_ANSWER, TimeUp
-from grader.source import Exercise, defined_names, find
+from grader.source import Exercise, bare_tree, defined_names, find
 
 # What holds the answers, and what answers a NumPy exercise in one call.
 LIBRARY = ("minidsv3", "solutions", "checks", "grader")
@@ -48,6 +48,7 @@ def parsed(text: str, exercise: Exercise) -> ast.Module:
         raise Fault(*_syntax(text, error)) from None
     if exercise.name not in defined_names(tree):
         raise Fault(*_not_written(tree, exercise))
+    refuse_other_than_given(tree, exercise)
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -57,6 +58,26 @@ def parsed(text: str, exercise: Exercise) -> ast.Module:
         for name in names:
             refuse_import(name, exercise)
     return tree
+
+
+def refuse_other_than_given(tree: ast.Module, exercise: Exercise) -> None:
+    """Raise Fault where a function that is given whole has become another one."""
+    stub, reference = (
+        {node.name: bare_tree(ast.unparse(node)) for node in ast.parse(text).body
+         if isinstance(node, ast.FunctionDef)}
+        for text in (exercise.stub, exercise.reference)
+    )  # fmt: skip
+    for node in tree.body:
+        name = getattr(node, "name", "")
+        if stub.get(name) != reference.get(name) or name not in stub:
+            continue
+        if bare_tree(ast.unparse(node)) != stub[name]:
+            raise Fault(
+                f"`{name}` is given, and here it is another one",
+                "What you write must do with it as it is. Undo the change, or let "
+                f"`python exercises reset {exercise.id}` bring back the cell; it keeps "
+                "your answer.",
+            )
 
 
 def refuse_import(name: str, exercise: Exercise) -> None:

@@ -7,6 +7,7 @@ what is wrong, where the card would give another number or hang.
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grader.complaint import Complaint
-from grader.spec import Check, Launch
+from grader.spec import Check, Launch, Limit
 
 ORDERS = ("rising", "falling", 1)  # the last is the seed of an order by lot
 FOUND = {
@@ -24,6 +25,10 @@ FOUND = {
     "RaceError": "A race between threads",
     "UninitialisedError": "Memory read before anything was written to it",
 }
+INPUT = (
+    "It is an input, and other kernels still need it. Write to the results alone, and "
+    "keep what you need in between in a variable or in shared memory."
+)
 UNITS = {
     "bytes": ("global", "bytes asked for"),
     "sectors": ("global", "sectors of 32 bytes moved"),
@@ -79,9 +84,11 @@ def as_kernel(
                 one_or_all(results[0]),
             )
     if said := beyond(case, counted, kernel):
-        headline, report = said
-        value = one_or_all(results[0])
-        return Complaint(headline, "", value, last=True, report=report)
+        limit, report, number = said
+        return Complaint(
+            limit.headline, limit.why, one_or_all(results[0]), last=True,
+            report=report, where=(number,),
+        )  # fmt: skip
     if there is not None:
         return launched_there(there, case)
     return one_or_all(results[0])
@@ -107,12 +114,13 @@ def changed(case: Launch, given: list) -> Complaint | None:
         if i in case.outputs or not isinstance(before, np.ndarray):
             continue
         if not np.array_equal(now, before, equal_nan=before.dtype.kind == "f"):
-            return Complaint.mutated(i + 1, one_or_all(given[j] for j in case.outputs))
+            value = one_or_all(given[j] for j in case.outputs)
+            return replace(Complaint.mutated(i + 1, value), advice=INPUT)
     return None
 
 
-def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[str, str] | None:
-    """The first limit that a launch broke: its headline, and what was counted."""
+def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[Limit, str, int] | None:
+    """The first limit that a launch broke, what was counted, and how many."""
     names = [*inspect.signature(getattr(kernel, "py_func", kernel)).parameters]
     for limit in case.limits:
         found = [
@@ -127,9 +135,10 @@ def beyond(case: Launch, stats: Any, kernel: Callable) -> tuple[str, str] | None
             lines = [
                 f"  {getattr(a, limit.counted)} in line {a.line}: {a.text}"
                 for a in found
+                if getattr(a, limit.counted)
             ]
             said = f"{number} {UNITS[limit.counted][1]}; {limit.most} will do."
-            return limit.headline, "\n".join([said, *lines])
+            return limit, "\n".join([said, *lines]), number
     return None
 
 

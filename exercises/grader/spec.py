@@ -36,7 +36,8 @@ class Limit:
 
     counted: "sectors" or "bytes" of global memory, "passes" or "conflicts" of shared
     memory, as `minidsv3.gpu.counts` counts them. array: the position of the argument
-    that it is about; None: all arrays there. kind: "read" or "write"; empty: both.
+    that it is about; None: all arrays there. kind: "read" or "write"; empty: both. why:
+    what is said of it where no misconception has the same count.
     """
 
     headline: str
@@ -44,6 +45,7 @@ class Limit:
     most: int
     array: int | None = None
     kind: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
