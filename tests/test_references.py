@@ -15,12 +15,15 @@ from grader import spec
 from grader.cell import reference_function
 from grader.source import exercises, find
 
-from .judges import gen, lm, mini, mla, moe, mtp, torch_port
+from minidsv3.gpu.simulator import SimulatorError
 
-CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen
+from .judges import gen, gpu, lm, measure, mini, mla, moe, mtp, torch_port
+
+CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen, gpu, measure
 JUDGES = {id_: judge for chapter in CHAPTERS for id_, judge in chapter.JUDGES.items()}
 SEEDS = range(4)
-REFUSED = AssertionError, ValueError, RuntimeError  # torch says so itself
+# Torch says so itself, and so does the simulator.
+REFUSED = AssertionError, ValueError, RuntimeError, SimulatorError
 WRONG = [(id_, wrong) for id_ in JUDGES for wrong in spec.find(id_).wrong]
 
 
