@@ -2,8 +2,8 @@
 
 Everything is judged against these references, so nothing else may judge them but torch
 (forwards in its own words, backwards by autograd, its optimiser), central differences
-of a naive forward pass, naive loops, and the library where it is not itself the
-reference. Shapes are drawn anew; none is a case of a check. Each judge must also refuse
+of a naive forward pass, naive loops, NumPy in float64 for the kernels, and the library
+where it is not itself the reference. Shapes are drawn anew; none is a case of a check. Each judge must also refuse
 every wrong answer that the checks list: that is how we know that it looks.
 """
 
@@ -22,8 +22,8 @@ from .judges import gen, gpu, lm, measure, mini, mla, moe, mtp, torch_port
 CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen, gpu, measure
 JUDGES = {id_: judge for chapter in CHAPTERS for id_, judge in chapter.JUDGES.items()}
 SEEDS = range(4)
-# Torch says so itself, and so does the simulator.
-REFUSED = AssertionError, ValueError, RuntimeError, SimulatorError
+# Torch says so itself, and so do the simulator and Python's math in a kernel.
+REFUSED = AssertionError, ValueError, RuntimeError, SimulatorError, ArithmeticError
 WRONG = [(id_, wrong) for id_ in JUDGES for wrong in spec.find(id_).wrong]
 
 

@@ -63,12 +63,12 @@ def resident(f: Callable, rng: Rng) -> None:
 
 def in_between(rng: Rng, n: np.ndarray, size: float) -> np.ndarray:
     """Distances that leave the line of least squares where it is, as large as size."""
-    off = rng.normal(size=len(n))
+    if len(n) == 2:
+        return np.zeros(2)  # the line goes through both
+    off, far = rng.normal(size=len(n)), n - n.mean()
     off -= off.mean()
-    far = n - n.mean()
     off -= far * (off @ far) / (far @ far)
-    largest = np.abs(off).max()
-    return off * size / largest if len(n) > 2 else 0 * off
+    return off * size / np.abs(off).max()
 
 
 def timings_about(rng: Rng, t: float, R: int, size: float) -> np.ndarray:
