@@ -3,8 +3,9 @@
 Everything is judged against these references, so nothing else may judge them but torch
 (forwards in its own words, backwards by autograd, its optimiser), central differences
 of a naive forward pass, naive loops, NumPy in float64 for the kernels, and the library
-where it is not itself the reference. Shapes are drawn anew; none is a case of a check. Each judge must also refuse
-every wrong answer that the checks list: that is how we know that it looks.
+where it is not itself the reference. Shapes are drawn anew; none is a case of a check.
+Each judge must also refuse every wrong answer that the checks list: that is how we know
+that it looks.
 """
 
 from collections.abc import Callable
