@@ -2,9 +2,10 @@
 
 Everything is judged against these references, so nothing else may judge them but torch
 (forwards in its own words, backwards by autograd, its optimiser), central differences
-of a naive forward pass, naive loops, and the library where it is not itself the
-reference. Shapes are drawn anew; none is a case of a check. Each judge must also refuse
-every wrong answer that the checks list: that is how we know that it looks.
+of a naive forward pass, naive loops, NumPy in float64 for the kernels, and the library
+where it is not itself the reference. Shapes are drawn anew; none is a case of a check.
+Each judge must also refuse every wrong answer that the checks list: that is how we know
+that it looks.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from grader import spec
 from grader.cell import reference_function
 from grader.source import exercises, find
 
-from .judges import gen, lm, mini, mla, moe, mtp, torch_port
+from minidsv3.gpu.simulator import SimulatorError
 
-CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen
+from .judges import gen, gpu, lm, measure, mini, mla, moe, mtp, torch_port
+
+CHAPTERS = lm, mtp, moe, mla, mini, torch_port, gen, gpu, measure
 JUDGES = {id_: judge for chapter in CHAPTERS for id_, judge in chapter.JUDGES.items()}
 SEEDS = range(4)
-REFUSED = AssertionError, ValueError, RuntimeError  # torch says so itself
+# Torch says so itself, and so do the simulator and Python's math in a kernel.
+REFUSED = AssertionError, ValueError, RuntimeError, SimulatorError, ArithmeticError
 WRONG = [(id_, wrong) for id_ in JUDGES for wrong in spec.find(id_).wrong]
 
 
