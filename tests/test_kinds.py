@@ -46,7 +46,8 @@ from minidsv3.primitives.numpy_ref import silu_forward
 x = np.random.default_rng(0).normal(size=64).astype(np.float32)
 HINTS = ("one", "two", "three")
 HALF = Wrong("half of it", "width = 32", "width = 16", "Begin with half of 64.")
-APART = Limit("Reads far apart", "sectors", 8, 0, "read")
+APART = Limit("Reads far apart", "sectors", 8, 0, "read", "Side by side.")
+MOVED = Wrong("moved", "x[t]", "x[(t + 1) % 64]", "Begin with a sector.")
 ONCE = Limit("More than one reading", "bytes", 256, 0, "read")
 BANKS = Limit("Banks in each other's way", "conflicts", 0)
 TREE = Limit("Too many passes", "passes", 60)
@@ -71,7 +72,8 @@ CHECKS = [
             ),
             Launch("64 others", (x - 3, np.zeros(1, np.float32)), 1, 64, (1,)),
         ],
-        oracle=lambda a, out: np.array([a.sum()]), hints=HINTS, wrong=(HALF,), right=(),
+        oracle=lambda a, out: np.array([a.sum()]), hints=HINTS, right=(),
+        wrong=(HALF, MOVED),
     )
     for n in range(30)
 ]
@@ -126,7 +128,7 @@ CUDA = {
     "a misconception": (KERNEL.replace("width = 32", "width = 16"), "Looks like: half"),
     "the input changed": (
         KERNEL + "    x[t] = 0.0\n",
-        "\nYour function changes its argument `x`",
+        "\nYour function changes its argument `x`\n  It is an input",
     ),
     "an endless loop": (
         KERNEL.replace("width //= 2", "width += 0"),
@@ -154,6 +156,14 @@ CUDA = {
     "read far apart": (
         KERNEL.replace("= x[t]", "= x[t % 8 * 8 + t // 8]"),
         "16 sectors of 32 bytes moved; 8 will do.",
+    ),
+    "a limit broken by another number": (
+        KERNEL.replace("= x[t]", "= x[t % 8 * 8 + t // 8]"),
+        "\nReads far apart\n  Side by side.\n",
+    ),
+    "a limit broken by the same number": (
+        KERNEL.replace("= x[t]", "= x[(t + 65) % 64]"),
+        "\nLooks like: moved\n  Begin with a sector.\n",
     ),
     "banks": (
         KERNEL.replace("(64, ", "(2048, ")

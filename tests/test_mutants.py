@@ -3,7 +3,7 @@
 cosmic-ray changes one operator, number or keyword of a reference at a time; the judge
 must fail each mutant. One that computes what the reference computes is listed in
 equivalent_mutants.toml, with the reason. An answer cell is mutated whole, the lines of
-lm.11 that are given to the learner too, and so are default values.
+lm.11 and gpu.cuda.3 that are given to the learner too, and so are default values.
 
 Every core operator of cosmic-ray is used but VariableReplacer and VariableInserter:
 they must be told which variables, and put in random numbers. A mutant that Python
