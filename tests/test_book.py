@@ -162,10 +162,15 @@ def public_modules() -> list[str]:
     return names
 
 
+COMPILERS_OWN = "minidsv3.gpu.ptx"
+"""Imports numba-cuda, which the book is built without: a page names its source."""
+
+
 def test_every_public_module_is_in_the_api_pages():
     text = "\n".join(page.read_text() for page in (BOOK / "api").glob("*.md"))
     entries = re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)
-    assert sorted(entries) == public_modules()
+    assert sorted(entries) == [m for m in public_modules() if m != COMPILERS_OWN]
+    assert "`minidsv3/gpu/ptx.py`" in text
 
 
 # --- the extensions --------------------------------------------------------------

@@ -96,9 +96,9 @@ def ends_there(stub: str, placeholder: str) -> bool:
 def test_the_stub_is_todo_and_ends_in_a_return(id_):
     exercise = find(id_)
     assert verdict(id_, exercise.stub).state == TODO
-    lines = [line for line in exercise.stub.splitlines() if line.endswith("...")]
     wanted = "..." if id_ in KERNELS else "return ..."
-    assert lines and {line.strip() for line in lines} == {wanted}
+    lines = [line for line in exercise.stub.splitlines() if line.strip() == wanted]
+    assert lines
     assert ends_there(exercise.stub, wanted)
     commented = exercise.stub.replace(lines[0], f"    # a thought\n{lines[0]}")
     assert commented != exercise.stub and verdict(id_, commented).state == TODO

@@ -342,8 +342,8 @@ def test_only_cuda_tests_install_the_cuda_extra(ready):
     (ready / ".venv" / ".stamps" / "cuda").unlink()
     plan = make(ready, "-n", "test-cuda").stdout
     assert '--editable ".[cuda]"' in plan
-    assert plan.splitlines()[-1].endswith("pytest tests/cuda ")
-    for target in TARGETS - {"test-cuda", "help", "lock"}:
+    assert "pytest tests/cuda -n logical" in plan.splitlines()[-1]
+    for target in TARGETS - {"test-cuda", "bench-gpu", "help", "lock"}:
         assert "[cuda]" not in make(ready, "-n", target).stdout, target
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page
 
+from minidsv3.gpu import reductions
+from minidsv3.gpu.intrinsics import load4
 from minidsv3.gpu.reductions import block_sum
 from minidsv3.gpu.simulator import cuda, launch
 
@@ -41,7 +43,7 @@ def summed(x, y):
 
 
 def far(x):
-    tile = cuda.shared.array((32, 32), np.float32)
+    tile = cuda.shared.array((32, 32), np.float32, alignment=16)
     t = cuda.threadIdx.x
     kept = cuda.local.array(1, np.float32)
     kept[0] = x[32 * t]
@@ -172,13 +174,24 @@ def test_the_source_is_the_kernels() -> None:
     assert len(called["lines"]) == 2
 
 
-def test_a_librarys_sum_is_at_its_callers_line() -> None:
+def test_a_librarys_sum_shows_its_own_lines() -> None:
     trace = traced(by_blocks, np.ones(64, np.float32), block=64)
     data = gpu_stepper.as_data(by_blocks, trace)
-    assert [one["name"] for one in data["sources"]] == ["by_blocks"]
-    assert {step["line"] for step in data["steps"]} == {
-        line_of(by_blocks, "block_sum(x")
-    }
+    names = [one["name"] for one in data["sources"]]
+    assert sorted(names) == ["block_sum", "by_blocks", "warp_sum"]
+    shuffled = line_of(reductions.warp_sum, "shfl_xor_sync")
+    assert [step["line"] for step in data["steps"]].count(shuffled) == 5
+
+
+def by_fours(x):
+    into = cuda.local.array(4, np.float32)
+    load4(x, 4 * cuda.threadIdx.x, into, 0)
+
+
+def test_an_intrinsic_is_at_its_callers_line() -> None:
+    data = gpu_stepper.as_data(by_fours, traced(by_fours, np.ones(128, np.float32)))
+    assert [one["name"] for one in data["sources"]] == ["by_fours"]
+    assert {step["line"] for step in data["steps"]} == {line_of(by_fours, "load4(x")}
 
 
 def test_bits_are_read_as_bfloat16() -> None:

@@ -187,7 +187,8 @@ def rows_of_logits(rng: Rng) -> list[np.ndarray]:
     for row, place in zip(holes, here, strict=True):
         row[(rng.random(long) < 0.6) & (np.arange(long) != place)] = -np.inf
     holes[1, np.arange(long) != here[1]] = -np.inf
-    return [mild, below, above, falling, holes, numbers(rng, 2, 1)]
+    lowest = np.float32(-1e32 * (1 + rng.random((2, short))))
+    return [mild, below, above, falling, holes, lowest, numbers(rng, 2, 1)]
 
 
 def log_sum_exp(f: Callable, rng: Rng) -> None:
@@ -204,6 +205,8 @@ def log_sum_exp(f: Callable, rng: Rng) -> None:
         exact = np.logaddexp.reduce(x, axis=1)
         near(l, exact, 1 + np.abs(exact))
         assert asked(stats, "bytes", "global", "x", "read") <= 4 * rows * width
+        read = asked(stats, "sectors", "global", "x", "read")
+        assert read <= sectors_row_by_row(rows, width)
         assert asked(stats, "passes", "shared") == 0
 
 
@@ -232,6 +235,8 @@ def add_rmsnorm(f: Callable, rng: Rng) -> None:
         for array in ("x", "residual"):
             found = asked(stats, "bytes", "global", array, "read")
             assert found <= 4 * rows * width
+            found = asked(stats, "sectors", "global", array, "read")
+            assert found <= sectors_row_by_row(rows, width)
 
 
 def gain_gradient(f: Callable, rng: Rng) -> None:
