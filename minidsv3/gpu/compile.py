@@ -43,8 +43,8 @@ NEEDED = (
     "'minidsv3[cuda]' (Linux, Windows). Without them a kernel runs in "
     "minidsv3.gpu.simulator."
 )
-COMPILING = threading.Lock()
-"""Held while Numba believes in a device that is not there."""
+# Held while Numba believes in a device that is not there.
+_COMPILING = threading.Lock()
 RESERVED = {"sm_90a": 1024}
 """Shared memory that cuobjdump counts and no kernel has: the driver keeps it."""
 INSTRUCTION = (
@@ -166,7 +166,7 @@ def compiled(
             f"{function.__name__} has {function.__code__.co_argcount} parameters"
         )
     options = {"max_registers": max_registers, "fastmath": fastmath}
-    with COMPILING, _stand_in(ARCHITECTURES[architecture][:2]):
+    with _COMPILING, _stand_in(ARCHITECTURES[architecture][:2]):
         dispatcher = numba_cuda.jit(**options)(function)
         built = _kernel_class()(dispatcher.py_func, types, **dispatcher.targetoptions)
         library = built._codelibrary

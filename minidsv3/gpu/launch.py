@@ -137,7 +137,7 @@ def _three(extent: Extent) -> tuple[int, ...]:
 
 
 LOADED: dict[tuple, "Loaded"] = {}
-LOADING = threading.Lock()
+_LOADING = threading.Lock()
 
 
 def _loaded(
@@ -148,7 +148,7 @@ def _loaded(
     if key not in LOADED:
         from minidsv3.gpu.compile import architecture, compiled
 
-        with LOADING:
+        with _LOADING:
             if key not in LOADED:
                 signature = signature_of(dtypes)
                 capability = torch.cuda.get_device_capability(device)

@@ -72,8 +72,8 @@ __all__ = [
 
 MOST_THREADS, MOST_DEEP, MOST_BLOCKS_ACROSS = 1024, 64, 65535
 """Of a block; of it along z; of a grid along y and z (CUDA C++ Programming Guide)."""
-RUNNING = threading.RLock()
-"""Held while threads run: there is one processor, and `threads.running` has it."""
+# Held while threads run: there is one processor, and `threads.running` has it.
+_RUNNING = threading.RLock()
 Extent = int | tuple[int, ...]
 Order = str | int
 
@@ -138,7 +138,7 @@ def launch(
     kernel's own comes through as it is, with a note on who raised it and where. The
     arrays then hold what was written so far.
     """
-    with RUNNING:  # another host thread's launch ends first
+    with _RUNNING:  # another host thread's launch ends first
         if running.thread is not None:
             raise SimulatorError("a kernel cannot launch another one")
     function = rebound(kernel, numbas(cuda))
@@ -164,7 +164,7 @@ def launch(
     if counts or tracer:
         run.watch = Watch(*[each.hear for each in (counts, tracer) if each])
     indices, places = run.block.indices(), run.grid.indices()
-    with RUNNING:
+    with _RUNNING:
         for index in run.arranged(places):
             Block(run, index, indices).run()
             if run.watch:
