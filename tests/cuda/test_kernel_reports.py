@@ -1,6 +1,7 @@
 """Chapter 11's reports of compiled kernels: the committed rows, and what they claim."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -31,7 +32,23 @@ def test_every_case_has_a_row_for_every_architecture() -> None:
 @each_case
 @pytest.mark.parametrize("architecture", reports.ARCHITECTURES)
 def test_the_rows_are_what_the_compiler_says(case: str, architecture: str) -> None:
-    assert reports.row(case, architecture) == ROWS[case, architecture]
+    assert settled(reports.row(case, architecture)) == settled(ROWS[case, architecture])
+
+
+def settled(row: dict) -> dict:
+    """A row without what may change from build to build.
+
+    Where numbers go to memory, the compiler does not always put loads and stores in the
+    same order (seen once in "bins", among a hundred other kernels): then how many there
+    are of each kind must do.
+    """
+    if not int(row["spills"]):
+        return row
+    kinds: Counter = Counter()
+    for word in row["order"].split():
+        kind, _, times = word.partition("*")
+        kinds[kind] += int(times or 1)
+    return row | {"order": dict(kinds)}
 
 
 def test_rows_say_where_they_come_from() -> None:
