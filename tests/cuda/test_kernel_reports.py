@@ -1,7 +1,6 @@
 """Chapter 11's reports of compiled kernels: the committed rows, and what they claim."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -36,19 +35,16 @@ def test_the_rows_are_what_the_compiler_says(case: str, architecture: str) -> No
 
 
 def settled(row: dict) -> dict:
-    """A row without what may change from build to build.
+    """A row without what changes from build to build.
 
-    Where numbers go to memory, the compiler does not always put loads and stores in the
-    same order (seen once in "bins", among a hundred other kernels): then how many there
-    are of each kind must do.
+    Of "bins", whose bins lie in memory, the compiler makes now 38 and now 40 loads and
+    stores there for sm_80, from the same source; what is claimed is that there are any.
     """
-    if not int(row["spills"]):
+    if row["case"] != "bins":
         return row
-    kinds: Counter = Counter()
-    for word in row["order"].split():
-        kind, _, times = word.partition("*")
-        kinds[kind] += int(times or 1)
-    return row | {"order": dict(kinds)}
+    assert int(row["spills"]) > 8, "fewer than one a bin"
+    loose = {"spills", "instructions", "order"}
+    return {name: value for name, value in row.items() if name not in loose}
 
 
 def test_rows_say_where_they_come_from() -> None:
